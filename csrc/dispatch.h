@@ -1,4 +1,5 @@
-// What is built, each value listed once, and the step from a run-time value to a compile-time constant.
+// What is built, each value listed once, and the step from a run-time value to a compile-time
+// constant.
 #pragma once
 
 #include <sstream>
@@ -31,8 +32,8 @@ inline const char* name_of(DType dtype) {
 
 inline std::string name_of(int value) { return std::to_string(value); }
 
-// Calls run(std::integral_constant<T, value>()) for the listed value that equals `value`; the error for a
-// value that is not listed names it and the list.
+// Calls run(std::integral_constant<T, value>()) for the listed value that equals `value`; the error
+// for a value that is not listed names it and the list.
 template <typename T, T... kValues, typename Run>
 void dispatch(Built<kValues...>, T value, const char* name, Run&& run) {
   const bool found =

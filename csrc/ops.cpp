@@ -1,8 +1,8 @@
 // The operators: their schemas and nothing else. paged_ops/ops.py documents each one.
 //
-// No overloads, no tags and no returned aliases: torch.compile, torch.export and AOTInductor then need
-// nothing but the schema and the fake. The cache is one tensor on purpose: two mutated arguments that share
-// storage make Inductor copy the whole cache or compute wrong results.
+// No overloads, no tags and no returned aliases: torch.compile, torch.export and AOTInductor then
+// need nothing but the schema and the fake. The cache is one tensor on purpose: two mutated
+// arguments that share storage make Inductor copy the whole cache or compute wrong results.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(paged, m) {
@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY(paged, m) {
       "Tensor? k_scale=None, Tensor? v_scale=None) -> ()");
   m.def("copy_blocks(Tensor(a!) kv_cache, Tensor block_pairs) -> ()");
   m.def(
-      "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
+      "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor "
+      "lse)");
   m.def(
       "paged_attention_v1(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, "
       "Tensor block_table, Tensor context_lens) -> ()");

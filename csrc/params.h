@@ -1,6 +1,6 @@
-// What a kernel is told: plain structs of pointers, strides and sizes, made by checks.cpp from tensors
-// that have been checked. No torch from here down. Every stride is in elements, and the innermost
-// dimension (head_size) always has stride 1.
+// What a kernel is told: plain structs of pointers, strides and sizes, made by checks.cpp from
+// tensors that have been checked. No torch from here down. Every stride is in elements, and the
+// innermost dimension (head_size) always has stride 1.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,8 @@ struct CacheHalf {
   int64_t stride_head;
 };
 
-// A scale that dequantises a float8 cache: one for all KV heads (stride 0) or one for each (stride 1).
+// A scale that dequantises a float8 cache: one for all KV heads (stride 0) or one for each (stride
+// 1).
 struct Scale {
   const float* data;  // nullptr: 1.0
   int64_t stride;

@@ -1,0 +1,189 @@
+#include "checker.h"
+
+#include <algorithm>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+namespace paged_ops {
+namespace {
+
+template <typename Sequence>
+std::string bracketed(const Sequence& values) {
+  std::ostringstream text;
+  text << "[";
+  const char* separator = "";
+  for (const auto& value : values) {
+    text << separator << value;
+    separator = ", ";
+  }
+  text << "]";
+  return text.str();
+}
+
+std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  const std::string index = std::to_string(tensor.get_device_index());
+  return (tensor.is_cuda() ? "cuda:" : "device:") + index;
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
+         a.get_device_index() == b.get_device_index();
+}
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+std::string expected_shape(std::initializer_list<Size*> sizes) {
+  std::ostringstream names, values;
+  const char* separator = "";
+  const char* values_separator = " with ";
+  for (const Size* size : sizes) {
+    names << separator << size->name;
+    separator = ", ";
+    if (size->bound_by == nullptr) continue;
+    values << values_separator << size->name << "=" << size->value << " (from " << size->bound_by
+           << ")";
+    values_separator = ", ";
+  }
+  return "be [" + names.str() + "]" + values.str();
+}
+
+// First and one past the last byte that the elements of a tensor lie in.
+std::pair<const char*, const char*> span(const Tensor& tensor) {
+  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+  if (tensor.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+}
+
+}  // namespace
+
+Checker::Checker(const char* op, const char* anchor_name, const Tensor& anchor)
+    : op_(op), anchor_name_(anchor_name), anchor_(anchor) {}
+
+void Checker::fail(const char* name, const std::string& expected, const std::string& got) const {
+  throw std::runtime_error(std::string("paged::") + op_ + ": " + name + " must " + expected +
+                           ", got " + got);
+}
+
+void Checker::require(bool condition, const char* name, const std::string& expected,
+                      const std::string& got) const {
+  if (!condition) fail(name, expected, got);
+}
+
+void Checker::device(const char* name, const Tensor& tensor) const {
+  if (same_device(tensor, anchor_)) return;
+  fail(name, "be on " + device_name(anchor_) + " like " + anchor_name_, device_name(tensor));
+}
+
+void Checker::dtype(const char* name, const Tensor& tensor,
+                    std::initializer_list<ScalarType> accepted) const {
+  const ScalarType type = tensor.scalar_type();
+  if (std::find(accepted.begin(), accepted.end(), type) != accepted.end()) return;
+  std::string expected;
+  for (const ScalarType each : accepted) {
+    expected += (expected.empty() ? "be " : " or ") + std::string(dtype_name(each));
+  }
+  fail(name, expected, dtype_name(type));
+}
+
+void Checker::shape(const char* name, const Tensor& tensor,
+                    std::initializer_list<Size*> sizes) const {
+  bool matches = tensor.dim() == static_cast<int64_t>(sizes.size());
+  int64_t dim = 0;
+  for (Size* size : sizes) {
+    matches = matches && (size->bound_by == nullptr || size->value == tensor.size(dim));
+    ++dim;
+  }
+  if (!matches) fail(name, expected_shape(sizes), bracketed(tensor.sizes()));
+  dim = 0;
+  for (Size* size : sizes) {
+    if (size->bound_by == nullptr) *size = {size->name, tensor.size(dim), name};
+    ++dim;
+  }
+}
+
+void Checker::unit_stride(const char* name, const Tensor& tensor) const {
+  const int64_t last = tensor.dim() - 1;
+  if (tensor.size(last) <= 1 || tensor.stride(last) == 1) return;
+  fail(name, "have stride 1 in its last dimension", "strides " + bracketed(tensor.strides()));
+}
+
+void Checker::contiguous(const char* name, const Tensor& tensor) const {
+  if (!tensor.is_contiguous())
+    fail(name, "be contiguous", "strides " + bracketed(tensor.strides()));
+}
+
+void Checker::distinct_elements(const char* name, const Tensor& tensor) const {
+  if (tensor.numel() == 0) return;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;  // the furthest offset the smaller strides arrive at
+  for (const auto& [stride, size] : dims) {
+    if (stride <= reach) {
+      fail(name, "not overlap itself, since it is written",
+           "strides " + bracketed(tensor.strides()));
+    }
+    reach += stride * (size - 1);
+  }
+}
+
+void Checker::disjoint(const char* name, const Tensor& tensor, const char* other_name,
+                       const Tensor& other) const {
+  const auto [begin, end] = span(tensor);
+  const auto [other_begin, other_end] = span(other);
+  if (begin == end || other_begin == other_end) return;
+  if (end <= other_begin || other_end <= begin) return;
+  fail(name, std::string("not share memory with ") + other_name, "overlapping storage");
+}
+
+DType to_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Float8_e4m3fn:
+      return DType::kFloat8E4M3;
+    default:
+      throw std::logic_error("paged_ops: an unchecked dtype reached to_dtype; please report this");
+  }
+}
+
+int32_t to_int32(int64_t value) {
+  if (value < 0 || value > std::numeric_limits<int32_t>::max()) {
+    throw std::runtime_error("paged_ops: a size of " + std::to_string(value) +
+                             " does not fit 32 bits");
+  }
+  return static_cast<int32_t>(value);
+}
+
+}  // namespace paged_ops

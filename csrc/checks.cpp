@@ -1,0 +1,348 @@
+#include "checks.h"
+
+#include <cmath>
+#include <string>
+
+namespace paged_ops {
+namespace {
+
+constexpr int64_t kMaxHeadSize = 256;
+constexpr std::initializer_list<ScalarType> kFloatTypes = {ScalarType::Float, ScalarType::Half,
+                                                           ScalarType::BFloat16};
+
+// The sizes that tie the arguments of one call together.
+struct Sizes {
+  Size num_tokens{"num_tokens"};
+  Size num_seqs{"num_seqs"};
+  Size num_heads{"num_heads"};
+  Size num_kv_heads{"num_kv_heads"};
+  Size head_size{"head_size"};
+  Size num_blocks{"num_blocks"};
+  Size block_size{"block_size"};
+  Size max_blocks{"max_blocks"};
+  Size two{"2", 2, "its layout"};
+};
+
+void check_tokens(const Checker& check, const char* name, const Tensor& tensor, Size& num_heads,
+                  Sizes& sizes) {
+  check.device(name, tensor);
+  check.dtype(name, tensor, kFloatTypes);
+  check.shape(name, tensor, {&sizes.num_tokens, &num_heads, &sizes.head_size});
+  check.unit_stride(name, tensor);
+}
+
+void check_cache_dtype(const Checker& check, const char* name, const Tensor& cache,
+                       const char* like_name, const Tensor& like) {
+  const ScalarType type = cache.scalar_type();
+  if (type == ScalarType::Float8_e4m3fn || type == like.scalar_type()) return;
+  check.fail(name,
+             std::string("have the dtype of ") + like_name + " (" +
+                 torch::headeronly::toString(like.scalar_type()) + ") or be float8_e4m3fn",
+             torch::headeronly::toString(type));
+}
+
+void check_sizes(const Checker& check, const char* cache_name, const Sizes& sizes) {
+  const int64_t heads = sizes.num_kv_heads.value, slots = sizes.block_size.value;
+  check.require(heads > 0, cache_name, "have at least one KV head", std::to_string(heads));
+  check.require(slots > 0, cache_name, "have a block_size of at least 1", std::to_string(slots));
+  const int64_t head_size = sizes.head_size.value;
+  check.require(head_size >= 1 && head_size <= kMaxHeadSize, cache_name,
+                "have a head_size from 1 to " + std::to_string(kMaxHeadSize),
+                std::to_string(head_size));
+}
+
+void check_kv_cache(const Checker& check, const Tensor& kv_cache, Sizes& sizes) {
+  check.device("kv_cache", kv_cache);
+  check.shape(
+      "kv_cache", kv_cache,
+      {&sizes.num_blocks, &sizes.two, &sizes.block_size, &sizes.num_kv_heads, &sizes.head_size});
+  check.unit_stride("kv_cache", kv_cache);
+  check_sizes(check, "kv_cache", sizes);
+}
+
+// K is half 0 and V is half 1 of a kv_cache.
+template <typename Pointer>
+CacheHalf<Pointer> half_of(const Tensor& kv_cache, int64_t half) {
+  const int64_t offset = half * kv_cache.stride(1) * static_cast<int64_t>(kv_cache.element_size());
+  char* const data = static_cast<char*>(kv_cache.data_ptr()) + offset;
+  return {data, kv_cache.stride(0), kv_cache.stride(2), kv_cache.stride(3)};
+}
+
+void check_index(const Checker& check, const char* name, const Tensor& tensor, ScalarType type,
+                 std::initializer_list<Size*> sizes) {
+  check.device(name, tensor);
+  check.dtype(name, tensor, {type});
+  check.shape(name, tensor, sizes);
+  check.contiguous(name, tensor);
+}
+
+const float* check_per_head(const Checker& check, const char* name, const OptionalTensor& tensor,
+                            Size& num_heads) {
+  if (!tensor.has_value()) return nullptr;
+  check_index(check, name, *tensor, ScalarType::Float, {&num_heads});
+  return static_cast<const float*>(tensor->const_data_ptr());
+}
+
+Scale check_scale(const Checker& check, const char* name, const OptionalTensor& scale,
+                  const Tensor& cache, const Size& num_kv_heads) {
+  if (!scale.has_value()) return {nullptr, 0};
+  check.device(name, *scale);
+  check.dtype(name, *scale, {ScalarType::Float});
+  check.require(cache.scalar_type() == ScalarType::Float8_e4m3fn, name,
+                "be given for a float8_e4m3fn cache only",
+                std::string("a cache of ") + torch::headeronly::toString(cache.scalar_type()));
+  const bool one = scale->numel() == 1 && scale->dim() <= 1;
+  const bool per_head = scale->dim() == 1 && scale->size(0) == num_kv_heads.value;
+  check.require(one || per_head, name,
+                "have 1 element or num_kv_heads=" + std::to_string(num_kv_heads.value),
+                std::to_string(scale->numel()) + " elements in " + std::to_string(scale->dim()) +
+                    " dimensions");
+  check.contiguous(name, *scale);
+  return {static_cast<const float*>(scale->const_data_ptr()), one ? 0 : 1};
+}
+
+void check_option_values(const Checker& check, const AttentionOptions& options) {
+  if (options.scale.has_value()) {
+    check.require(std::isfinite(*options.scale), "scale", "be finite",
+                  std::to_string(*options.scale));
+  }
+  check.require(options.window == -1 || options.window >= 1, "window",
+                "be -1 (no limit) or at least 1", std::to_string(options.window));
+  check.require(std::isfinite(options.softcap) && options.softcap >= 0, "softcap",
+                "be 0 (none) or positive and finite", std::to_string(options.softcap));
+}
+
+void check_batch(const Checker& check, const Tensor& block_table, const char* lens_name,
+                 const Tensor& lens, const OptionalTensor& query_start_loc, Sizes& sizes) {
+  if (!query_start_loc.has_value()) sizes.num_seqs = {"num_seqs", sizes.num_tokens.value, "query"};
+  check.device("block_table", block_table);
+  check.dtype("block_table", block_table, {ScalarType::Int});
+  check.shape("block_table", block_table, {&sizes.num_seqs, &sizes.max_blocks});
+  check.unit_stride("block_table", block_table);
+  check_index(check, lens_name, lens, ScalarType::Int, {&sizes.num_seqs});
+  if (query_start_loc.has_value()) {
+    Size bounds{"num_seqs + 1", sizes.num_seqs.value + 1, "block_table"};
+    check_index(check, "query_start_loc", *query_start_loc, ScalarType::Int, {&bounds});
+  }
+}
+
+AttentionParams make_params(const Tensor& query, const Tensor& block_table, const Tensor& lens,
+                            const OptionalTensor& query_start_loc, const Sizes& sizes) {
+  AttentionParams params{};
+  params.query = query.const_data_ptr();
+  params.query_stride_token = query.stride(0);
+  params.query_stride_head = query.stride(1);
+  params.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
+  params.block_table_stride = block_table.stride(0);
+  params.seq_lens = static_cast<const int32_t*>(lens.const_data_ptr());
+  if (query_start_loc.has_value()) {
+    params.query_start_loc = static_cast<const int32_t*>(query_start_loc->const_data_ptr());
+  }
+  params.num_tokens = sizes.num_tokens.value;
+  params.num_seqs = sizes.num_seqs.value;
+  params.num_blocks = sizes.num_blocks.value;
+  params.max_blocks = sizes.max_blocks.value;
+  params.num_heads = to_int32(sizes.num_heads.value);
+  params.num_kv_heads = to_int32(sizes.num_kv_heads.value);
+  params.head_size = to_int32(sizes.head_size.value);
+  params.block_size = to_int32(sizes.block_size.value);
+  params.scale = 1.0f / std::sqrt(static_cast<float>(params.head_size));
+  params.window = -1;
+  params.causal = true;
+  params.query_dtype = to_dtype(query.scalar_type());
+  return params;
+}
+
+void check_group(const Checker& check, const Sizes& sizes) {
+  const int64_t heads = sizes.num_heads.value, kv_heads = sizes.num_kv_heads.value;
+  check.require(heads > 0 && heads % kv_heads == 0, "query",
+                "have a positive multiple of num_kv_heads=" + std::to_string(kv_heads) + " heads",
+                std::to_string(heads));
+}
+
+}  // namespace
+
+AttentionParams check_attention(const char* op, const Tensor& query, const Tensor& kv_cache,
+                                const Tensor& block_table, const Tensor& seq_lens,
+                                const OptionalTensor& query_start_loc,
+                                const AttentionOptions& options) {
+  const Checker check(op, "query", query);
+  Sizes sizes;
+  check_tokens(check, "query", query, sizes.num_heads, sizes);
+  check_kv_cache(check, kv_cache, sizes);
+  check_cache_dtype(check, "kv_cache", kv_cache, "query", query);
+  check_group(check, sizes);
+  check_batch(check, block_table, "seq_lens", seq_lens, query_start_loc, sizes);
+  check_option_values(check, options);
+
+  AttentionParams params = make_params(query, block_table, seq_lens, query_start_loc, sizes);
+  params.key_cache = half_of<const void*>(kv_cache, 0);
+  params.value_cache = half_of<const void*>(kv_cache, 1);
+  params.cache_dtype = to_dtype(kv_cache.scalar_type());
+  if (options.scale.has_value()) params.scale = static_cast<float>(*options.scale);
+  params.causal = options.causal;
+  params.window = options.window;
+  params.softcap = static_cast<float>(options.softcap);
+  params.alibi_slopes =
+      check_per_head(check, "alibi_slopes", options.alibi_slopes, sizes.num_heads);
+  params.sinks = check_per_head(check, "sinks", options.sinks, sizes.num_heads);
+  params.k_scale = check_scale(check, "k_scale", options.k_scale, kv_cache, sizes.num_kv_heads);
+  params.v_scale = check_scale(check, "v_scale", options.v_scale, kv_cache, sizes.num_kv_heads);
+  return params;
+}
+
+void check_out(const char* op, const Tensor& out, const Tensor& query,
+               std::initializer_list<std::pair<const char*, const Tensor*>> read) {
+  const Checker check(op, "query", query);
+  Size num_tokens{"num_tokens", query.size(0), "query"};
+  Size num_heads{"num_heads", query.size(1), "query"};
+  Size head_size{"head_size", query.size(2), "query"};
+  check.device("out", out);
+  check.dtype("out", out, kFloatTypes);
+  check.shape("out", out, {&num_tokens, &num_heads, &head_size});
+  check.unit_stride("out", out);
+  check.distinct_elements("out", out);
+  for (const auto& [name, tensor] : read) check.disjoint("out", out, name, *tensor);
+}
+
+void set_out(AttentionParams& params, const Tensor& out) {
+  params.out = out.mutable_data_ptr();
+  params.out_stride_token = out.stride(0);
+  params.out_stride_head = out.stride(1);
+  params.out_dtype = to_dtype(out.scalar_type());
+}
+
+void set_lse(AttentionParams& params, const Tensor& lse) {
+  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+}
+
+AttentionParams check_paged_attention_v1(const Tensor& query, const Tensor& key_cache,
+                                         const Tensor& value_cache, const Tensor& block_table,
+                                         const Tensor& context_lens) {
+  const Checker check("paged_attention_v1", "query", query);
+  Sizes sizes;
+  check_tokens(check, "query", query, sizes.num_heads, sizes);
+  for (const auto& [name, cache] :
+       {std::pair{"key_cache", &key_cache}, std::pair{"value_cache", &value_cache}}) {
+    check.device(name, *cache);
+    check.shape(name, *cache,
+                {&sizes.num_blocks, &sizes.block_size, &sizes.num_kv_heads, &sizes.head_size});
+    check.unit_stride(name, *cache);
+    check_sizes(check, name, sizes);
+    check_cache_dtype(check, name, *cache, "query", query);
+  }
+  check.dtype("value_cache", value_cache, {key_cache.scalar_type()});
+  check_group(check, sizes);
+  check_batch(check, block_table, "context_lens", context_lens, std::nullopt, sizes);
+
+  AttentionParams params = make_params(query, block_table, context_lens, std::nullopt, sizes);
+  const auto whole = [](const Tensor& cache) {
+    return CacheHalf<const void*>{cache.const_data_ptr(), cache.stride(0), cache.stride(1),
+                                  cache.stride(2)};
+  };
+  params.key_cache = whole(key_cache);
+  params.value_cache = whole(value_cache);
+  params.cache_dtype = to_dtype(key_cache.scalar_type());
+  return params;
+}
+
+WriteKvParams check_write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
+                             const Tensor& slot_mapping, const OptionalTensor& k_scale,
+                             const OptionalTensor& v_scale) {
+  const Checker check("write_kv", "key", key);
+  Sizes sizes;
+  check_tokens(check, "key", key, sizes.num_kv_heads, sizes);
+  check_tokens(check, "value", value, sizes.num_kv_heads, sizes);
+  check.dtype("value", value, {key.scalar_type()});
+  check_kv_cache(check, kv_cache, sizes);
+  check_cache_dtype(check, "kv_cache", kv_cache, "key", key);
+  check.distinct_elements("kv_cache", kv_cache);
+  check.disjoint("kv_cache", kv_cache, "key", key);
+  check.disjoint("kv_cache", kv_cache, "value", value);
+  check_index(check, "slot_mapping", slot_mapping, ScalarType::Long, {&sizes.num_tokens});
+
+  WriteKvParams params{};
+  params.key = key.const_data_ptr();
+  params.key_stride_token = key.stride(0);
+  params.key_stride_head = key.stride(1);
+  params.value = value.const_data_ptr();
+  params.value_stride_token = value.stride(0);
+  params.value_stride_head = value.stride(1);
+  params.key_cache = half_of<void*>(kv_cache, 0);
+  params.value_cache = half_of<void*>(kv_cache, 1);
+  params.slot_mapping = static_cast<const int64_t*>(slot_mapping.const_data_ptr());
+  params.k_scale = check_scale(check, "k_scale", k_scale, kv_cache, sizes.num_kv_heads);
+  params.v_scale = check_scale(check, "v_scale", v_scale, kv_cache, sizes.num_kv_heads);
+  params.num_tokens = sizes.num_tokens.value;
+  params.num_blocks = sizes.num_blocks.value;
+  params.num_kv_heads = to_int32(sizes.num_kv_heads.value);
+  params.head_size = to_int32(sizes.head_size.value);
+  params.block_size = to_int32(sizes.block_size.value);
+  params.dtype = to_dtype(key.scalar_type());
+  params.cache_dtype = to_dtype(kv_cache.scalar_type());
+  return params;
+}
+
+CopyBlocksParams check_copy_blocks(const Tensor& kv_cache, const Tensor& block_pairs) {
+  const Checker check("copy_blocks", "kv_cache", kv_cache);
+  Sizes sizes;
+  Size num_pairs{"num_pairs"};
+  check_kv_cache(check, kv_cache, sizes);
+  check.dtype(
+      "kv_cache", kv_cache,
+      {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16, ScalarType::Float8_e4m3fn});
+  check.distinct_elements("kv_cache", kv_cache);
+  check_index(check, "block_pairs", block_pairs, ScalarType::Long, {&num_pairs, &sizes.two});
+
+  CopyBlocksParams params{};
+  params.kv_cache = kv_cache.mutable_data_ptr();
+  params.stride_block = kv_cache.stride(0);
+  params.stride_kv = kv_cache.stride(1);
+  params.stride_slot = kv_cache.stride(2);
+  params.stride_head = kv_cache.stride(3);
+  params.block_pairs = static_cast<const int64_t*>(block_pairs.const_data_ptr());
+  params.num_pairs = num_pairs.value;
+  params.num_blocks = sizes.num_blocks.value;
+  params.block_size = to_int32(sizes.block_size.value);
+  params.num_kv_heads = to_int32(sizes.num_kv_heads.value);
+  params.head_size = to_int32(sizes.head_size.value);
+  params.element_size = static_cast<int32_t>(kv_cache.element_size());
+  return params;
+}
+
+MergeStatesParams check_merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
+                                     const Tensor& lse_b) {
+  const Checker check("merge_states", "out_a", out_a);
+  Sizes sizes;
+  check_tokens(check, "out_a", out_a, sizes.num_heads, sizes);
+  check_tokens(check, "out_b", out_b, sizes.num_heads, sizes);
+  check.dtype("out_b", out_b, {out_a.scalar_type()});
+  for (const auto& [name, lse] : {std::pair{"lse_a", &lse_a}, std::pair{"lse_b", &lse_b}}) {
+    check.device(name, *lse);
+    check.dtype(name, *lse, {ScalarType::Float});
+    check.shape(name, *lse, {&sizes.num_tokens, &sizes.num_heads});
+  }
+
+  const auto state = [](const Tensor& out, const Tensor& lse) {
+    return AttentionState<const void*, const float*>{
+        out.const_data_ptr(), out.stride(0),
+        out.stride(1),        static_cast<const float*>(lse.const_data_ptr()),
+        lse.stride(0),        lse.stride(1)};
+  };
+  MergeStatesParams params{};
+  params.a = state(out_a, lse_a);
+  params.b = state(out_b, lse_b);
+  params.num_tokens = sizes.num_tokens.value;
+  params.num_heads = to_int32(sizes.num_heads.value);
+  params.head_size = to_int32(sizes.head_size.value);
+  params.dtype = to_dtype(out_a.scalar_type());
+  return params;
+}
+
+void set_merged(MergeStatesParams& params, const Tensor& out, const Tensor& lse) {
+  params.merged = {out.mutable_data_ptr(), out.stride(0),
+                   out.stride(1),          static_cast<float*>(lse.mutable_data_ptr()),
+                   lse.stride(0),          lse.stride(1)};
+}
+
+}  // namespace paged_ops
