@@ -1,0 +1,18 @@
+"""PagedAttention as PyTorch operators, with a block manager that supplies the cache.
+
+``paged_ops.ops`` holds the typed functions over ``torch.ops.paged.*``; ``PagedAttentionManager``
+owns the cache tensors and block tables. Importing the package loads the operators.
+"""
+
+from pathlib import Path
+
+import torch
+
+torch.ops.load_library(next(Path(__file__).parent.glob("_C*.so")))
+
+from paged_ops import _fake as _fake  # noqa: E402
+from paged_ops import ops  # noqa: E402
+from paged_ops._block_manager import BlockManager, OutOfBlocks  # noqa: E402
+from paged_ops.manager import PagedAttentionManager  # noqa: E402
+
+__all__ = ["BlockManager", "OutOfBlocks", "PagedAttentionManager", "ops"]

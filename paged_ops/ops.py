@@ -1,0 +1,415 @@
+"""The operators, typed: one function per operator of ``torch.ops.paged``.
+
+Words and shapes are the same everywhere:
+
+======================  ========================================================================
+``kv_cache``            ``[num_blocks, 2, block_size, num_kv_heads, head_size]``; half 0 is K, half
+                        1 is V. Read through its strides, of which only the last must be 1, so a
+                        transposed view of ``[num_blocks, block_size, 2, H, D]``, ``[2, num_blocks,
+                        block_size, H, D]`` or ``[num_blocks, 2, H, block_size, D]`` storage is a
+                        kv_cache too.
+``block_table``         int32 ``[num_seqs, max_blocks]``; entry ``[s, i]`` is the block that holds
+                        tokens ``i * block_size`` to ``(i + 1) * block_size - 1`` of sequence ``s``.
+                        Entries past a sequence's last block are never read.
+``seq_lens``            int32 ``[num_seqs]``; KV tokens of each sequence, those of this call
+                        included.
+``query_start_loc``     int32 ``[num_seqs + 1]``; sequence ``s`` owns the query rows from
+                        ``query_start_loc[s]`` up to ``query_start_loc[s + 1]``.
+``slot_mapping``        int64 ``[num_tokens]``; where a token goes: ``block * block_size + offset``,
+                        or -1 to skip it.
+======================  ========================================================================
+
+Tensors are float32, float16 or bfloat16; a kv_cache has the dtype of the query or is float8_e4m3fn
+with float32 scales. All of them are on one device. Sums are taken in float32.
+
+Every function raises ``RuntimeError`` for a wrong shape, dtype, device or stride, before anything
+is written, naming the argument, what was expected and what came. Values (a block id out of range, a
+length beyond the block table) are always checked on the CPU; on a GPU with ``PAGED_OPS_CHECK=1``,
+where the error arrives at the next synchronising call. Without it an out-of-range value there is
+undefined behaviour.
+
+The operators are for inference: a tensor that requires grad is refused while grad mode is on. None
+of them waits for the GPU or reads a length on the host, so a captured CUDA graph replays with other
+lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "attention",
+    "attention_lse",
+    "attention_out",
+    "copy_blocks",
+    "merge_states",
+    "paged_attention_v1",
+    "write_kv",
+]
+
+
+def _refuse_grad(op: str, **tensors: Tensor) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise RuntimeError(
+                f"paged_ops.ops.{op} is for inference only and has no backward, but {name} "
+                "requires grad; use torch.no_grad() or torch.inference_mode(), or detach it"
+            )
+
+
+def attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Attention of new tokens over the cached keys and values of their sequences.
+
+    Decode, prefill, chunked prefill, speculative tokens and any mixture of them are one call:
+    without ``query_start_loc`` each sequence has one query token, with it any number. The i-th of a
+    sequence's ``query_len`` tokens is at position ``p = seq_len - query_len + i``; key ``j`` gets
+    the score::
+
+        s_j = softcap_( scale * query . key_j ) - alibi_slope * |p - j|
+        out = sum_j exp(s_j) value_j / ( sum_j exp(s_j) + exp(sink) )
+
+    over the keys it sees, where ``softcap_(x) = softcap * tanh(x / softcap)`` and the terms of
+    options that are not given are absent. PagedAttention is described in Kwon et al., "Efficient Memory
+    Management for Large Language Model Serving with PagedAttention" (SOSP 2023); the running
+    softmax in Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
+
+    Args:
+        query: ``[num_tokens, num_heads, head_size]``, any strides with the last 1. ``num_heads`` is
+            a multiple of ``num_kv_heads``: query head ``h`` reads KV head ``h // (num_heads //
+            num_kv_heads)``. ``head_size`` is from 1 to 256.
+        kv_cache: ``[num_blocks, 2, block_size, num_kv_heads, head_size]``. Slots that no sequence
+            reaches may hold anything, NaN included.
+        block_table: int32 ``[num_seqs, max_blocks]``.
+        seq_lens: int32 ``[num_seqs]``. 0 is allowed: its rows are 0, as are all rows that see no
+            key.
+        query_start_loc: int32 ``[num_seqs + 1]``, not decreasing. Rows outside of it are 0
+            (padding). ``None``: ``num_tokens == num_seqs``, one token each.
+        scale: what scores are multiplied by; ``head_size ** -0.5`` by default.
+        causal: whether a token sees only keys at or before its own position.
+        window: how many of the latest keys a token sees, its own included; -1 for all. The keys
+            after its own are not affected.
+        softcap: the bound of the scores; 0 for none.
+        alibi_slopes: float32 ``[num_heads]`` (Press et al., "Train Short, Test Long", 2021).
+        sinks: float32 ``[num_heads]``: a logit per head that takes part in the denominator alone
+            (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023).
+        k_scale: float32 ``[1]`` or ``[num_kv_heads]``: what a float8 key is multiplied by; 1 by
+            default.
+        v_scale: the same for values.
+
+    Returns:
+        ``[num_tokens, num_heads, head_size]``, contiguous, of the dtype of ``query``.
+
+    Raises:
+        RuntimeError: a malformed argument, or one that requires grad in grad mode.
+
+    Example:
+        >>> kv_cache = torch.randn(8, 2, 16, 4, 64)
+        >>> block_table = torch.tensor([[5, 2], [7, 0]], dtype=torch.int32)
+        >>> seq_lens = torch.tensor([20, 9], dtype=torch.int32)
+        >>> attention(torch.randn(2, 8, 64), kv_cache, block_table, seq_lens).shape
+        torch.Size([2, 8, 64])
+    """
+    _refuse_grad("attention", query=query, kv_cache=kv_cache)
+    return torch.ops.paged.attention.default(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+def attention_lse(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``attention`` that also returns the log-sum-exp of the scores, for ``merge_states``.
+
+    Args:
+        query: these and all others as in ``attention``.
+        kv_cache: see ``attention``.
+        block_table: see ``attention``.
+        seq_lens: see ``attention``.
+        query_start_loc: see ``attention``.
+        scale: see ``attention``.
+        causal: see ``attention``.
+        window: see ``attention``.
+        softcap: see ``attention``.
+        alibi_slopes: see ``attention``.
+        sinks: see ``attention``; part of the log-sum-exp.
+        k_scale: see ``attention``.
+        v_scale: see ``attention``.
+
+    Returns:
+        ``out`` as ``attention`` returns it, and ``lse``: float32 ``[num_tokens, num_heads]``, the
+        natural logarithm of the softmax's denominator; ``-inf`` for a row that sees no key.
+
+    Raises:
+        RuntimeError: a malformed argument, or one that requires grad in grad mode.
+
+    Example:
+        >>> kv_cache = torch.randn(8, 2, 16, 4, 64)
+        >>> block_table = torch.tensor([[5, 2]], dtype=torch.int32)
+        >>> seq_lens = torch.tensor([0], dtype=torch.int32)
+        >>> out, lse = attention_lse(torch.randn(1, 4, 64), kv_cache, block_table, seq_lens)
+        >>> out.abs().max().item(), lse.max().item()
+        (0.0, -inf)
+    """
+    _refuse_grad("attention_lse", query=query, kv_cache=kv_cache)
+    return torch.ops.paged.attention_lse.default(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+def attention_out(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor | None = None,
+    *,
+    out: Tensor,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """``attention`` into a tensor of the caller's.
+
+    Args:
+        query: these and all others as in ``attention``.
+        kv_cache: see ``attention``.
+        block_table: see ``attention``.
+        seq_lens: see ``attention``.
+        query_start_loc: see ``attention``.
+        out: ``[num_tokens, num_heads, head_size]`` of float32, float16 or bfloat16, whatever the
+            dtype of ``query``; any strides with the last 1. Every row is written. It may not share
+            memory with ``query`` or ``kv_cache``.
+        scale: see ``attention``.
+        causal: see ``attention``.
+        window: see ``attention``.
+        softcap: see ``attention``.
+        alibi_slopes: see ``attention``.
+        sinks: see ``attention``.
+        k_scale: see ``attention``.
+        v_scale: see ``attention``.
+
+    Raises:
+        RuntimeError: a malformed argument, or one that requires grad in grad mode.
+
+    Example:
+        >>> kv_cache = torch.randn(8, 2, 16, 4, 64)
+        >>> query, out = torch.randn(1, 4, 64), torch.empty(1, 4, 64)
+        >>> block_table = torch.tensor([[5, 2]], dtype=torch.int32)
+        >>> seq_lens = torch.tensor([1], dtype=torch.int32)
+        >>> attention_out(query, kv_cache, block_table, seq_lens, out=out)
+        >>> torch.testing.assert_close(out[0], kv_cache[5, 1, 0])
+    """
+    _refuse_grad("attention_out", query=query, kv_cache=kv_cache, out=out)
+    torch.ops.paged.attention_out.default(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        out=out,
+    )
+
+
+def write_kv(
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Write the keys and values of new tokens into their slots of the cache, in place.
+
+    A float8 cache stores ``key / k_scale``, rounded to the nearest float8_e4m3fn and limited to
+    ±448; any other stores the very bits.
+
+    Args:
+        key: ``[num_tokens, num_kv_heads, head_size]``, any strides with the last 1.
+        value: the same shape and dtype.
+        kv_cache: ``[num_blocks, 2, block_size, num_kv_heads, head_size]``; written. It may not
+            share memory with ``key`` or ``value``.
+        slot_mapping: int64 ``[num_tokens]``; -1 skips a token. The slots of one call are distinct:
+            of two tokens for one slot, either may win.
+        k_scale: float32 ``[1]`` or ``[num_kv_heads]``, for a float8 cache only; 1 by default.
+        v_scale: the same for values.
+
+    Raises:
+        RuntimeError: a malformed argument, or one that requires grad in grad mode.
+
+    Example:
+        >>> kv_cache = torch.zeros(8, 2, 16, 4, 64)
+        >>> key, value = torch.randn(2, 2, 4, 64).unbind()
+        >>> write_kv(key, value, kv_cache, torch.tensor([5 * 16 + 3, -1]))
+        >>> bool((kv_cache[5, 0, 3] == key[0]).all()), int(kv_cache.count_nonzero()) == 2 * 4 * 64
+        (True, True)
+    """
+    _refuse_grad("write_kv", key=key, value=value, kv_cache=kv_cache)
+    torch.ops.paged.write_kv.default(
+        key, value, kv_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale
+    )
+
+
+def copy_blocks(kv_cache: Tensor, block_pairs: Tensor) -> None:
+    """Copy whole blocks, K and V, within a cache, in place: the copy of copy-on-write.
+
+    Args:
+        kv_cache: ``[num_blocks, 2, block_size, num_kv_heads, head_size]``; written.
+        block_pairs: int64 ``[num_pairs, 2]`` of (source, destination). No block is a destination
+            twice, and none is both source and destination.
+
+    Raises:
+        RuntimeError: a malformed argument, or one that requires grad in grad mode.
+
+    Example:
+        >>> kv_cache = torch.randn(8, 2, 16, 4, 64)
+        >>> copy_blocks(kv_cache, torch.tensor([[5, 0], [5, 1]]))
+        >>> bool((kv_cache[0] == kv_cache[5]).all() and (kv_cache[1] == kv_cache[5]).all())
+        True
+    """
+    _refuse_grad("copy_blocks", kv_cache=kv_cache)
+    torch.ops.paged.copy_blocks.default(kv_cache, block_pairs)
+
+
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merge attention over two disjoint sets of keys into attention over their union.
+
+    With a prefix that many sequences share, attend to it once and merge::
+
+        lse = log(exp(lse_a) + exp(lse_b))
+        out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b
+
+    Args:
+        out_a: ``[num_tokens, num_heads, head_size]``, any strides with the last 1.
+        lse_a: float32 ``[num_tokens, num_heads]``, natural logarithm. ``-inf``: this side is empty
+            and its ``out_a`` is not read.
+        out_b: the same shape and dtype as ``out_a``.
+        lse_b: as ``lse_a``.
+
+    Returns:
+        ``out`` of the shape and dtype of ``out_a``, contiguous, and ``lse``, float32. Where both
+        sides are empty, 0 and ``-inf``.
+
+    Raises:
+        RuntimeError: a malformed argument, or one that requires grad in grad mode.
+
+    Example:
+        >>> out, lse = torch.randn(2, 4, 64), torch.randn(2, 4)
+        >>> nothing = torch.full((2, 4), -torch.inf)
+        >>> merged, _ = merge_states(out, lse, torch.randn(2, 4, 64), nothing)
+        >>> torch.testing.assert_close(merged, out)
+    """
+    _refuse_grad("merge_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    return torch.ops.paged.merge_states.default(out_a, lse_a, out_b, lse_b)
+
+
+def paged_attention_v1(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+) -> None:
+    """Decode attention over a K and a V cache that are two tensors, into ``out``.
+
+    The interface for caches that others own. The kernel is that of ``attention``, with ``scale =
+    head_size ** -0.5`` and no options.
+
+    Args:
+        out: ``[num_seqs, num_heads, head_size]`` of float32, float16 or bfloat16, whatever the
+            dtype of ``query``; written. It may not share memory with the other tensors.
+        query: ``[num_seqs, num_heads, head_size]``, one token per sequence.
+        key_cache: ``[num_blocks, block_size, num_kv_heads, head_size]``, any strides with the last
+            1.
+        value_cache: the same shape and dtype.
+        block_table: int32 ``[num_seqs, max_blocks]``.
+        context_lens: int32 ``[num_seqs]``, tokens in the cache for each sequence.
+
+    Raises:
+        RuntimeError: a malformed argument, or one that requires grad in grad mode.
+
+    Example:
+        >>> kv_cache = torch.randn(8, 16, 2, 4, 64)
+        >>> query, out = torch.randn(1, 4, 64), torch.empty(1, 4, 64)
+        >>> block_table, context_lens = torch.tensor([[5, 2]]).int(), torch.tensor([1]).int()
+        >>> key_cache, value_cache = kv_cache.unbind(2)
+        >>> paged_attention_v1(out, query, key_cache, value_cache, block_table, context_lens)
+        >>> torch.testing.assert_close(out[0], value_cache[5, 0])
+    """
+    _refuse_grad(
+        "paged_attention_v1", out=out, query=query, key_cache=key_cache, value_cache=value_cache
+    )
+    torch.ops.paged.paged_attention_v1.default(
+        out, query, key_cache, value_cache, block_table, context_lens
+    )
