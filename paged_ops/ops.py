@@ -87,8 +87,8 @@ def attention(
         out = sum_j exp(s_j) value_j / ( sum_j exp(s_j) + exp(sink) )
 
     over the keys it sees, where ``softcap_(x) = softcap * tanh(x / softcap)`` and the terms of
-    options that are not given are absent. PagedAttention is described in Kwon et al., "Efficient Memory
-    Management for Large Language Model Serving with PagedAttention" (SOSP 2023); the running
+    options that are not given are absent. PagedAttention is described in Kwon et al., "Efficient
+    Memory Management for Large Language Model Serving with PagedAttention" (SOSP 2023); the running
     softmax in Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 
     Args:
