@@ -1,0 +1,36 @@
+"""Devices, and how close a result has to be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+# Relative L2 error against float64 that a kernel with float32 sums may have. bfloat16 and float16
+# round the output (and, on the matrix units, the probabilities); float32 rounds sums alone.
+MAX_ERROR = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 3e-3}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device(request.param)
+
+
+def assert_accurate(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Both have the same infinities, no NaN, and a small relative L2 error."""
+    actual = actual.detach().cpu().double()
+    assert actual.shape == expected.shape
+    assert not actual.isnan().any(), f"NaN at {actual.isnan().nonzero()[0].tolist()}"
+    assert torch.equal(actual.isinf(), expected.isinf())
+    finite = ~expected.isinf()
+    difference = (actual - expected)[finite]
+    error = difference.norm() / expected[finite].norm().clamp_min(1e-30)
+    if error > MAX_ERROR[dtype]:
+        worst = torch.where(finite, actual - expected, 0).abs().argmax()
+        index = torch.unravel_index(worst, actual.shape)
+        raise AssertionError(
+            f"relative L2 error {error:.2e} > {MAX_ERROR[dtype]:.0e}; worst at "
+            f"{[int(i) for i in index]}: {actual[index]:.6g}, expected {expected[index]:.6g}"
+        )
