@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 MIN_TORCH = (2, 10)
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the LibTorch stable ABI of 2.10
@@ -81,7 +81,7 @@ def choose_cuda() -> str | None:
 
 def operator_library(cpp_extension, cuda_root: str | None):
     sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
-    link_args = ["-Wl,--as-needed", "-Wl,--exclude-libs,ALL", "-s"]
+    link_args = ["-Wl,--exclude-libs,ALL", "-s"]
     if cuda_root:
         sources += ROOT.glob("csrc/cuda/**/*.cu")
         # The static runtime leaves the library loadable where there is no CUDA at all.
@@ -105,14 +105,15 @@ def operator_library(cpp_extension, cuda_root: str | None):
 
 
 def block_manager_module(cpp_extension):
-    """The torch-free binding; pybind11 comes with torch's headers."""
+    """The torch-free binding; of torch it takes nothing but the headers of pybind11."""
     sources = sorted(ROOT.glob("csrc/block_manager/*.cpp"))
-    return cpp_extension.CppExtension(
+    return Extension(
         "paged_ops._block_manager",
         [str(path.relative_to(ROOT)) for path in sources],
+        include_dirs=cpp_extension.include_paths(),
+        language="c++",
         extra_compile_args={"cxx": ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]},
-        libraries=[],
-        extra_link_args=["-Wl,--as-needed", "-s"],
+        extra_link_args=["-s"],
     )
 
 

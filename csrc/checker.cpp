@@ -95,6 +95,7 @@ void Checker::require(bool condition, const char* name, const std::string& expec
 }
 
 void Checker::device(const char* name, const Tensor& tensor) const {
+  if (!tensor.defined()) fail(name, "be a tensor", "None");
   if (same_device(tensor, anchor_)) return;
   fail(name, "be on " + device_name(anchor_) + " like " + anchor_name_, device_name(tensor));
 }

@@ -53,7 +53,7 @@ def _refuse_grad(op: str, **tensors: Tensor) -> None:
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
-        if tensor.requires_grad:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise RuntimeError(
                 f"paged_ops.ops.{op} is for inference only and has no backward, but {name} "
                 "requires grad; use torch.no_grad() or torch.inference_mode(), or detach it"

@@ -1,7 +1,7 @@
 """One attention case: its sizes and options, and the inputs made from it.
 
-Every slot that no sequence reaches holds NaN and every unused table entry a block id far out of range,
-so that a kernel which reads what it should not cannot pass.
+Every slot that no sequence reaches holds NaN and every unused table entry a block id far out of
+range, so that a kernel which reads what it should not cannot pass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""write_kv, copy_blocks and merge_states against the reference, bit for bit where bits are moved."""
+"""write_kv, copy_blocks and merge_states against the reference, bit for bit where bits are
+moved."""
 
 from __future__ import annotations
 
@@ -164,16 +165,13 @@ def test_merge_states_of_empty_sides(device):
     assert lse.isneginf().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merging_two_halves_of_a_context_equals_the_whole(dtype, device):
-    inputs = make_inputs(Case(seq_lens=(64, 48), dtype=dtype)).to(device)
+def test_merging_two_halves_of_a_context_equals_the_whole(device):
+    inputs = make_inputs(Case(seq_lens=(64, 48))).to(device)
     whole_out, whole_lse = ops.attention_lse(*inputs.args)
     prefix = torch.tensor([32, 16], dtype=torch.int32, device=device)
     state_a = ops.attention_lse(inputs.query, inputs.kv_cache, inputs.block_table, prefix)
     rest_table = torch.stack((inputs.block_table[0, 2:4], inputs.block_table[1, 1:3])).contiguous()
     state_b = ops.attention_lse(inputs.query, inputs.kv_cache, rest_table, inputs.seq_lens - prefix)
     out, lse = ops.merge_states(*state_a, *state_b)
-    assert_accurate(
-        out, whole_out.cpu().double(), torch.bfloat16 if dtype != torch.float32 else dtype
-    )
+    assert_accurate(out, whole_out.cpu().double(), torch.float32)
     assert_accurate(lse, whole_lse.cpu().double(), torch.float32)

@@ -170,7 +170,6 @@ MALFORMED: list[tuple[str, str, Change, str]] = [
     ("attention", "v_scale", const(ones(1)), "float8_e4m3fn cache only"),
     ("attention_lse", "query", lambda t: t[..., :8], "head_size=8 (from query)"),
     ("attention_lse", "seq_lens", first_two, "num_seqs=3"),
-    ("attention_lse", "query_start_loc", const(None), "num_seqs=5 (from query)"),
     ("attention_out", "out", first_two, "num_tokens=5 (from query)"),
     ("attention_out", "out", lambda t: t[..., :8], "head_size=16 (from query)"),
     ("attention_out", "out", to(torch.float64), "got float64"),
@@ -193,7 +192,7 @@ MALFORMED: list[tuple[str, str, Change, str]] = [
     ("write_kv", "key", flat, "[num_tokens, num_kv_heads, head_size]"),
     ("write_kv", "key", to(torch.float64), "got float64"),
     ("write_kv", "key", strided, "stride 1"),
-    ("write_kv", "value", first_two, "num_tokens=3 (from key), got [2, 2, 16]"),
+    ("write_kv", "value", first_two, "head_size=16 (from key), got [2, 2, 16]"),
     ("write_kv", "value", to(torch.float16), "float32, got float16"),
     ("write_kv", "value", strided, "stride 1"),
     ("write_kv", "kv_cache", to(torch.float16), "dtype of key"),
@@ -305,7 +304,6 @@ def test_the_right_call_passes(op, device):
 
 @pytest.mark.parametrize(("op", "name", "change", "message"), MALFORMED, ids=ids(MALFORMED))
 def test_malformed_argument(op, name, change, message, device):
-    # A tensor that was cast or cut keeps its strides on the device only if it is changed there.
     refused(op, malformed(op, name, change, device), name, message)
 
 
@@ -395,6 +393,11 @@ def test_grad_is_refused(op, name):
         call(op, arguments)
     with torch.inference_mode():
         call(op, arguments)
+
+
+def test_several_tokens_per_sequence_need_query_start_loc(device):
+    arguments = {**attention_arguments(device), "query_start_loc": None}
+    refused("attention", arguments, "block_table", "num_seqs=5 (from query), got [3, 2]")
 
 
 def test_wrong_python_types():
