@@ -156,10 +156,11 @@ def test_chunked_prefill_equals_prefill(device):
 
 @pytest.mark.parametrize("case", [Case(seq_lens=(100, 37)), Case(seq_lens=(100,), query_lens=(9,))])
 def test_what_a_window_hides_is_not_read(case, device):
-    """Blocks wholly before the window may be gone: NaN in them and garbage in their table
-    entries.""" case = dataclasses.replace(case, window=10) inputs = make_inputs(case).to(device)
-    before = ops.attention(*inputs.args, **inputs.options) for seq, seq_len in
-    enumerate(case.seq_lens):
+    """Blocks wholly before the window may be gone: NaN in them, garbage in their table entries."""
+    case = dataclasses.replace(case, window=10)
+    inputs = make_inputs(case).to(device)
+    before = ops.attention(*inputs.args, **inputs.options)
+    for seq, seq_len in enumerate(case.seq_lens):
         query_len = case.query_lens[seq] if case.query_lens else 1
         for i in range((seq_len - query_len - case.window + 1) // case.block_size):
             inputs.kv_cache[inputs.block_table[seq, i]] = math.nan

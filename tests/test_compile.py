@@ -35,8 +35,8 @@ def _fresh_compiler() -> Iterator[None]:
 def decode_step(
     hidden: Tensor, caches: list[Tensor], block_table: Tensor, seq_lens: Tensor, slots: Tensor
 ) -> Tensor:
-    """A decoder's attention without its matrices; each layer's K and V depend on the layer
-    before.""" for kv_cache in caches:
+    """A decoder's attention without its matrices; K and V of a layer depend on the one before."""
+    for kv_cache in caches:
         key, value = hidden[:, :NUM_KV_HEADS] * 0.5, hidden[:, :NUM_KV_HEADS] + 1
         ops.write_kv(key, value, kv_cache, slots)
         hidden = hidden + ops.attention(hidden, kv_cache, block_table, seq_lens).sin()
@@ -151,7 +151,9 @@ def test_captured_graph():
     caches = layer_caches("block_kv", torch.device("cpu"))[:1]
     run(torch.compile(decode_step, backend=backend, fullgraph=True), 4, caches, torch.device("cpu"))
     (graph,) = backend.graphs
-    assert_expected_inline(normalize_gm(graph.print_readable(print_output=False)), """\
+    assert_expected_inline(
+        normalize_gm(graph.print_readable(print_output=False)),
+        """\
 class GraphModule(torch.nn.Module):
     def forward(self, L_hidden_: "f32[4, 4, 16]", L_caches_0_: "f32[64, 2, 4, 2, 16]", L_slots_:
     "i64[4]", L_block_table_: "i32[4, 1]", L_seq_lens_: "i32[4]"):
@@ -173,7 +175,8 @@ class GraphModule(torch.nn.Module):
         sin: "f32[4, 4, 16]" = attention_default.sin();  attention_default = None
         hidden: "f32[4, 4, 16]" = l_hidden_ + sin;  l_hidden_ = sin = None
         return (hidden,)
-""")
+""",
+    )
 
 
 def test_one_compile_for_every_batch_size(device):
