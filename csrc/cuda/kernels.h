@@ -1,5 +1,5 @@
-// The CUDA launchers, one for each operator. Each enqueues its work on `stream` and returns at once; what
-// they are given has been checked. A launch that fails raises std::runtime_error.
+// The CUDA launchers, one for each operator. Each enqueues its work on `stream` and returns at
+// once; what they are given has been checked. A launch that fails raises std::runtime_error.
 #pragma once
 
 #include <cuda_runtime_api.h>

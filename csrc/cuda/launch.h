@@ -1,0 +1,44 @@
+// One way to start a kernel: the grid is checked against the hardware's limits, and what goes wrong
+// is raised, never left behind for somebody else's next call.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace paged_ops::cuda {
+
+// CTAs along x and y.
+struct Grid {
+  int64_t x;
+  int64_t y = 1;
+};
+
+inline constexpr int64_t kMaxGridX = 0x7fffffff;
+inline constexpr int64_t kMaxGridY = 0xffff;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// An empty grid launches nothing.
+template <typename... Params>
+void launch(const char* op, void (*kernel)(Params...), Grid grid, int threads, cudaStream_t stream,
+            const Params&... params) {
+  if (grid.x == 0 || grid.y == 0) return;
+  if (grid.x > kMaxGridX || grid.y > kMaxGridY) {
+    throw std::runtime_error(std::string("paged::") + op + ": too large for one launch, needs " +
+                             std::to_string(grid.x) + " x " + std::to_string(grid.y) + " CTAs");
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params...);
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // raised here, so not to be found again by a later check
+  throw std::runtime_error(std::string("paged::") + op +
+                           ": CUDA error: " + cudaGetErrorString(error));
+}
+
+}  // namespace paged_ops::cuda
