@@ -1,0 +1,73 @@
+// The CUDA half of the operators: the device and the stream to run on, and the registration.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../operators.h"
+#include "kernels.h"
+#include "value_checks.h"
+
+namespace paged_ops::cuda {
+namespace {
+
+// The stream that torch runs on now. The one symbol of libtorch_cuda that is needed is looked up at
+// the first call, not linked: the same library then loads beside a torch without CUDA.
+cudaStream_t current_stream(int32_t device) {
+  using GetStream = int32_t (*)(int32_t, void**);
+  static const GetStream get_stream = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* const symbol =
+        library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<GetStream>(symbol);
+  }();
+  if (get_stream == nullptr) throw std::runtime_error("paged_ops: this torch has no CUDA support");
+  void* stream = nullptr;
+  if (get_stream(device, &stream) != 0) {
+    throw std::runtime_error("paged_ops: no current stream on CUDA device " +
+                             std::to_string(device));
+  }
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Makes the tensor's device the current one, and back, and knows the stream to enqueue on.
+class Place {
+ public:
+  explicit Place(const Tensor& anchor)
+      : guard_(anchor.get_device_index()), stream_(current_stream(anchor.get_device_index())) {}
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+struct Cuda {
+  static void run(const AttentionParams& params, const Tensor& anchor) {
+    const Place place(anchor);
+    check_values(params, place.stream());
+    run_attention(params, place.stream());
+  }
+  static void run(const WriteKvParams& params, const Tensor& anchor) {
+    const Place place(anchor);
+    check_values(params, place.stream());
+    run_write_kv(params, place.stream());
+  }
+  static void run(const CopyBlocksParams& params, const Tensor& anchor) {
+    const Place place(anchor);
+    check_values(params, place.stream());
+    run_copy_blocks(params, place.stream());
+  }
+  static void run(const MergeStatesParams& params, const Tensor& anchor) {
+    run_merge_states(params, Place(anchor).stream());
+  }
+};
+
+}  // namespace
+}  // namespace paged_ops::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(paged, CUDA, m) {
+  paged_ops::register_operators<paged_ops::cuda::Cuda>(m);
+}
