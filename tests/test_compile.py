@@ -155,8 +155,7 @@ def test_captured_graph():
         normalize_gm(graph.print_readable(print_output=False)),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, L_hidden_: "f32[4, 4, 16]", L_caches_0_: "f32[64, 2, 4, 2, 16]", L_slots_:
-    "i64[4]", L_block_table_: "i32[4, 1]", L_seq_lens_: "i32[4]"):
+    def forward(self, L_hidden_: "f32[4, 4, 16]", L_caches_0_: "f32[64, 2, 4, 2, 16]", L_slots_: "i64[4]", L_block_table_: "i32[4, 1]", L_seq_lens_: "i32[4]"):
         l_hidden_ = L_hidden_
         l_caches_0_ = L_caches_0_
         l_slots_ = L_slots_
