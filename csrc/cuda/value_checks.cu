@@ -19,25 +19,12 @@ bool enabled() {
   return on;
 }
 
-// One value of the argument `name`, which belongs to `owner` (a sequence, token or pair) number
-// `index`.
-struct Value {
-  const char* op;
-  const char* name;
-  const char* owner;
-  int64_t index;
-
-  __device__ void require_in(int64_t low, int64_t high, int64_t value) const {
-    if (value >= low && value <= high) return;
-    printf("paged::%s: %s of %s %lld must be in [%lld, %lld], got %lld\n", op, name, owner,
-           static_cast<long long>(index), static_cast<long long>(low), static_cast<long long>(high),
-           static_cast<long long>(value));
-    __trap();
-  }
-};
-
-__device__ Value attention_value(const char* name, int64_t seq) {
-  return {"attention", name, "sequence", seq};
+// The words are those of the CPU's checks. Every number in `message` is a %lld.
+template <typename... Numbers>
+__device__ void require(bool condition, const char* message, Numbers... numbers) {
+  if (condition) return;
+  printf(message, static_cast<long long>(numbers)...);
+  __trap();
 }
 
 // The rows of the query that belong to a sequence.
@@ -51,44 +38,62 @@ __device__ Rows rows_of(const AttentionParams& params, int64_t seq) {
   return {params.query_start_loc[seq], params.query_start_loc[seq + 1]};
 }
 
-// One CTA for each sequence: thread 0 the lengths, then all of them the blocks, which only lengths
-// that are right make safe to read.
+__device__ void check_lengths(const AttentionParams& params, int64_t seq, const Rows& rows,
+                              int64_t seq_len) {
+  const int64_t capacity = params.max_blocks * params.block_size;
+  require(seq_len >= 0 && seq_len <= capacity,
+          "paged::attention: seq_lens[%lld] must be from 0 to max_blocks * block_size = %lld, got "
+          "%lld\n",
+          seq, capacity, seq_len);
+  require(rows.begin >= 0, "paged::attention: query_start_loc[%lld] must be 0 or more, got %lld\n",
+          seq, rows.begin);
+  require(rows.end >= rows.begin,
+          "paged::attention: query_start_loc[%lld] must be at least %lld, got %lld\n", seq + 1,
+          rows.begin, rows.end);
+  require(rows.end <= params.num_tokens,
+          "paged::attention: query_start_loc[%lld] must be at most num_tokens=%lld, got %lld\n",
+          seq + 1, params.num_tokens, rows.end);
+}
+
+// One CTA for each sequence: one thread checks the lengths, which have to be right before the
+// others may read the row of the block table. A window lets the first blocks go unread.
 __global__ void check_attention_kernel(const __grid_constant__ AttentionParams params) {
   const int64_t seq = blockIdx.x;
   const Rows rows = rows_of(params, seq);
   const int64_t seq_len = params.seq_lens[seq];
-  if (threadIdx.x == 0) {
-    attention_value("query_start_loc", seq).require_in(0, params.num_tokens, rows.begin);
-    attention_value("query_start_loc", seq + 1).require_in(rows.begin, params.num_tokens, rows.end);
-    const int64_t capacity = params.max_blocks * params.block_size;
-    attention_value("seq_lens", seq).require_in(0, capacity, seq_len);
-  }
+  if (threadIdx.x == 0) check_lengths(params, seq, rows, seq_len);
   __syncthreads();
-  if (rows.begin == rows.end) return;  // nobody reads its blocks
+  if (rows.begin == rows.end) return;
+
   const int64_t first_position = seq_len - (rows.end - rows.begin);
   const bool limited = params.window >= 0 && params.window <= first_position;
   const int64_t first_key = limited ? first_position + 1 - params.window : 0;
   const int64_t num_blocks = (seq_len + params.block_size - 1) / params.block_size;
+  const int32_t* const row = params.block_table + seq * params.block_table_stride;
   for (int64_t i = first_key / params.block_size + threadIdx.x; i < num_blocks; i += kThreads) {
-    attention_value("block_table", seq)
-        .require_in(0, params.num_blocks - 1,
-                    params.block_table[seq * params.block_table_stride + i]);
+    require(row[i] >= 0 && row[i] < params.num_blocks,
+            "paged::attention: block_table[%lld, %lld] must be a block id below %lld, got %lld\n",
+            seq, i, params.num_blocks, row[i]);
   }
 }
 
 __global__ void check_write_kv_kernel(const __grid_constant__ WriteKvParams params) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (token >= params.num_tokens) return;
+  const int64_t slot = params.slot_mapping[token];
   const int64_t num_slots = params.num_blocks * params.block_size;
-  Value{"write_kv", "slot_mapping", "token", token}.require_in(-1, num_slots - 1,
-                                                               params.slot_mapping[token]);
+  require(slot >= -1 && slot < num_slots,
+          "paged::write_kv: slot_mapping[%lld] must be -1 (skip) or a slot below %lld, got %lld\n",
+          token, num_slots, slot);
 }
 
 __global__ void check_copy_blocks_kernel(const __grid_constant__ CopyBlocksParams params) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= 2 * params.num_pairs) return;
-  Value{"copy_blocks", "block_pairs", "pair", index / 2}.require_in(0, params.num_blocks - 1,
-                                                                    params.block_pairs[index]);
+  const int64_t block = params.block_pairs[index];
+  require(block >= 0 && block < params.num_blocks,
+          "paged::copy_blocks: block_pairs[%lld, %lld] must be a block id below %lld, got %lld\n",
+          index / 2, index % 2, params.num_blocks, block);
 }
 
 }  // namespace
