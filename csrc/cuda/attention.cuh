@@ -40,13 +40,16 @@ __device__ inline HeadRange heads_of_cta(const AttentionParams& params, int inde
   return {kv_head, kv_head * group_size + first, min(kHeads, group_size - first)};
 }
 
-// A lane's share of a vector in the cache.
-template <int kElements, typename Cache>
-__device__ void load_vector(const Cache* vector, int head_size, int lane, float (&to)[kElements]) {
+// A lane's share of a vector of head_size, 0 for what is not there. The address is clamped and the
+// value selected: without a branch the loads of a whole tile are in flight at once.
+template <typename Element, int kElements>
+__device__ void load_vector(const Element* vector, bool present, int head_size, int lane,
+                            float (&to)[kElements]) {
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     const int d = lane + i * kWarpSize;
-    to[i] = d < head_size ? to_float(vector[d]) : 0.0f;
+    const float x = to_float(vector[min(d, head_size - 1)]);
+    to[i] = present && d < head_size ? x : 0.0f;
   }
 }
 
@@ -61,11 +64,10 @@ struct QueryHead {
                        int lane) {
     scores = Scores::of_head(params, head, kv_head);
     const int64_t row = token * params.query_stride_token + head * params.query_stride_head;
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      const int d = lane + i * kWarpSize;
-      query[i] = d < params.head_size ? load_float(params.query, params.query_dtype, row + d) : 0;
-    }
+    with_float_type(params.query_dtype, [&](auto type) {
+      const auto* const vector = static_cast<const decltype(type)*>(params.query) + row;
+      load_vector(vector, true, params.head_size, lane, query);
+    });
   }
 
   // Attends to a tile of which the first `count` keys are there, the first of them `distance`
@@ -119,12 +121,14 @@ __device__ void write_head(const AttentionParams& params, const SoftmaxState<kEl
                            int64_t token, int head, int kv_head, int lane) {
   const float scale = state.normalizer() * scale_of(params.v_scale, kv_head);
   const int64_t row = token * params.out_stride_token + head * params.out_stride_head;
+  with_float_type(params.out_dtype, [&](auto type) {
+    auto* const vector = static_cast<decltype(type)*>(params.out) + row;
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) {
-    const int d = lane + i * kWarpSize;
-    if (d < params.head_size)
-      store_float(state.out[i] * scale, params.out, params.out_dtype, row + d);
-  }
+    for (int i = 0; i < kElements; ++i) {
+      const int d = lane + i * kWarpSize;
+      if (d < params.head_size) from_float(state.out[i] * scale, vector[d]);
+    }
+  });
   if (params.lse != nullptr && lane == 0) params.lse[token * params.num_heads + head] = state.lse();
 }
 
@@ -146,14 +150,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   }
   for (int64_t first = visible.begin + warp * kKeys; first < visible.end; first += kWarps * kKeys) {
     const int count = min(static_cast<int64_t>(kKeys), visible.end - first);
-    float keys[kKeys][kElements] = {};
-    float values[kKeys][kElements] = {};
+    float keys[kKeys][kElements];
+    float values[kKeys][kElements];
 #pragma unroll
     for (int key = 0; key < kKeys; ++key) {
-      if (key >= count) continue;
-      const auto kv_token = kv.token(first + key);
-      load_vector(kv_token.key, params.head_size, lane, keys[key]);
-      load_vector(kv_token.value, params.head_size, lane, values[key]);
+      const auto kv_token = kv.token(first + min(key, count - 1));
+      load_vector(kv_token.key, key < count, params.head_size, lane, keys[key]);
+      load_vector(kv_token.value, key < count, params.head_size, lane, values[key]);
     }
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {

@@ -49,27 +49,17 @@ __device__ inline void from_float(float x, __nv_fp8_e4m3& to) {
   to.__x = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 }
 
-// Element `index` of an array whose dtype is known at run time only: for what is touched once per
-// row, where one more template parameter would triple the kernels and save nothing.
-__device__ inline float load_float(const void* data, DType dtype, int64_t index) {
+// Calls run(Float()) for the float type that `dtype` names: for what is touched once per row, where
+// one more template parameter would triple the kernels and save nothing.
+template <typename Run>
+__device__ void with_float_type(DType dtype, Run&& run) {
   switch (dtype) {
     case DType::kFloat16:
-      return to_float(static_cast<const __half*>(data)[index]);
+      return run(__half());
     case DType::kBFloat16:
-      return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
+      return run(__nv_bfloat16());
     default:
-      return static_cast<const float*>(data)[index];
-  }
-}
-
-__device__ inline void store_float(float x, void* data, DType dtype, int64_t index) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return from_float(x, static_cast<__half*>(data)[index]);
-    case DType::kBFloat16:
-      return from_float(x, static_cast<__nv_bfloat16*>(data)[index]);
-    default:
-      return from_float(x, static_cast<float*>(data)[index]);
+      return run(float());
   }
 }
 
