@@ -42,8 +42,8 @@ __device__ inline HeadRange heads_of_cta(const AttentionParams& params, int inde
 
 // A lane's share of a vector of head_size, 0 for what is not there. The address is clamped and the
 // value selected: without a branch the loads of a whole tile are in flight at once.
-template <typename Element, int kElements>
-__device__ void load_vector(const Element* vector, bool present, int head_size, int lane,
+template <typename From, int kElements>
+__device__ void load_vector(const From* vector, bool present, int head_size, int lane,
                             float (&to)[kElements]) {
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
@@ -148,7 +148,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   for (int h = 0; h < kHeads; ++h) {
     if (h < heads.count) queries[h].load(params, token, heads.first + h, heads.kv_head, lane);
   }
-  for (int64_t first = visible.begin + warp * kKeys; first < visible.end; first += kWarps * kKeys) {
+  // 64 bits: a step past the end of the longest sequence must not wrap.
+  const int64_t begin = visible.begin + static_cast<int64_t>(warp * kKeys);
+  for (int64_t first = begin; first < visible.end; first += kWarps * kKeys) {
     const int count = min(static_cast<int64_t>(kKeys), visible.end - first);
     float keys[kKeys][kElements];
     float values[kKeys][kElements];
