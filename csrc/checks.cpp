@@ -6,7 +6,6 @@
 namespace paged_ops {
 namespace {
 
-constexpr int64_t kMaxHeadSize = 256;
 constexpr std::initializer_list<ScalarType> kFloatTypes = {ScalarType::Float, ScalarType::Half,
                                                            ScalarType::BFloat16};
 

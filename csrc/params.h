@@ -7,6 +7,8 @@
 
 namespace paged_ops {
 
+constexpr int kMaxHeadSize = 256;
+
 enum class DType : int8_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3 };
 
 // One half (K or V) of the cache: element (block, slot, head, d) lies at

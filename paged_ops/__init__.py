@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 
-torch.ops.load_library(next(Path(__file__).parent.glob("_C*.so")))
+_library = next(Path(__file__).parent.glob("_C*.so"), None)
+if _library is None:
+    raise ImportError(
+        "paged_ops is not built here; run: pip install --no-build-isolation -e . "
+        "(or, outside of the source folder, install it)"
+    )
+torch.ops.load_library(_library)
 
 from paged_ops import _fake as _fake  # noqa: E402
 from paged_ops import ops  # noqa: E402
