@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -206,37 +207,51 @@ class PagedAttentionManager:
         ids = [seq_ids] if isinstance(seq_ids, int) else seq_ids
         return self.batch(ids, num_new_tokens).slot_mapping
 
-    def batch(self, seq_ids: Sequence[int], num_new_tokens: int | Sequence[int] = 1) -> Batch:
+    def batch(
+        self,
+        seq_ids: Sequence[int],
+        num_new_tokens: int | Sequence[int] = 1,
+        *,
+        pad_to: int = 0,
+    ) -> Batch:
         """Describe a step in which the last ``num_new_tokens`` tokens of each sequence are new.
 
         Args:
             seq_ids: n sequences, in the order of the batch.
             num_new_tokens: for each sequence, or one number for all, from 0 to its length. Their
                 keys and values are what the step writes.
+            pad_to: at least so many sequences. What is added has length 0 and one new token in no
+                slot, at position 0: the operators skip it. Compiled loops then meet fewer sizes;
+                PyTorch compiles the size 1 apart from all others.
 
         Returns:
-            New tensors on the manager's device. Only an int gives a ``query_start_loc`` of
-            ``None``, and only if it is 1, so that a loop meets one kind of batch.
+            New tensors on the manager's device. ``num_new_tokens=1`` gives a ``query_start_loc`` of
+            ``None``; a sequence of numbers never does, so that a loop meets one kind of batch.
         """
         ids = list(seq_ids)
-        one_each = isinstance(num_new_tokens, int)
+        decode = isinstance(num_new_tokens, int) and num_new_tokens == 1
         counts = [num_new_tokens] * len(ids) if isinstance(num_new_tokens, int) else num_new_tokens
         table, lens, starts, slots, positions = self.blocks.step(ids, counts, self.max_blocks)
-        decode = one_each and num_new_tokens == 1
+        padding = max(pad_to - len(ids), 0)
+        num_seqs, num_tokens = len(ids) + padding, sum(counts) + padding
+        table.extend(bytes(4 * self.max_blocks * padding))
+        lens.extend(bytes(4 * padding))
+        starts.extend(array("i", range(sum(counts) + 1, num_tokens + 1)).tobytes())
+        slots.extend(array("q", [-1] * padding).tobytes())
+        positions.extend(bytes(8 * padding))
         return Batch(
-            block_table=self._tensor(table, torch.int32, (len(ids), self.max_blocks)),
-            seq_lens=self._tensor(lens, torch.int32, (len(ids),)),
-            query_start_loc=None if decode else self._tensor(starts, torch.int32, (len(ids) + 1,)),
-            slot_mapping=self._tensor(slots, torch.int64, (sum(counts),)),
-            positions=self._tensor(positions, torch.int64, (sum(counts),)),
+            block_table=self._tensor(table, torch.int32, (num_seqs, self.max_blocks)),
+            seq_lens=self._tensor(lens, torch.int32, (num_seqs,)),
+            query_start_loc=None if decode else self._tensor(starts, torch.int32, (num_seqs + 1,)),
+            slot_mapping=self._tensor(slots, torch.int64, (num_tokens,)),
+            positions=self._tensor(positions, torch.int64, (num_tokens,)),
         )
 
     def _tensor(self, memory: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         if not memory:
             return torch.empty(shape, dtype=dtype, device=self.device)
-        storage = torch.frombuffer(memory, dtype=dtype).untyped_storage()
-        # Not a view: a compiled step would guard on the size of its base.
-        return torch.empty(0, dtype=dtype).set_(storage, 0, shape).to(self.device)
+        # Resized in place, not viewed: a compiled step would guard on the size of a view's base.
+        return torch.frombuffer(memory, dtype=dtype).resize_(shape).to(self.device)
 
     def _refresh(self) -> None:
         """Bring the persistent tensors up to what the block manager says."""

