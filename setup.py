@@ -31,7 +31,7 @@ def import_cpp_extension():
         import torch
     except ImportError:
         stop(
-            "torch is needed to build; run: pip install torch setuptools wheel ninja && "
+            "torch is needed to build; run: pip install torch 'setuptools>=77' wheel ninja && "
             "pip install --no-build-isolation ."
         )
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])

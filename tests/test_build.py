@@ -33,7 +33,11 @@ def build(tmp_path: Path, torch_module: str | None, **environment: str) -> str:
 @pytest.mark.parametrize(
     ("torch_module", "environment", "sentence"),
     [
-        ("raise ImportError", {}, "torch is needed to build; run: pip install torch setuptools"),
+        (
+            "raise ImportError",
+            {},
+            "torch is needed to build; run: pip install torch 'setuptools>=77'",
+        ),
         ("__version__ = '2.9.1+cpu'", {}, "torch 2.10 or newer is needed, found 2.9.1+cpu."),
         (None, {"CXX": "no-such-compiler"}, "no-such-compiler is not on the PATH"),
         (None, {"PAGED_OPS_CUDA": "yes"}, "PAGED_OPS_CUDA must be auto, 1 or 0, got 'yes'."),
