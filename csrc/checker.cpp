@@ -62,7 +62,7 @@ std::string expected_shape(std::initializer_list<Size*> sizes) {
   for (const Size* size : sizes) {
     names << separator << size->name;
     separator = ", ";
-    if (size->bound_by == nullptr) continue;
+    if (size->bound_by == nullptr || size->bound_by == kConstant) continue;
     values << values_separator << size->name << "=" << size->value << " (from " << size->bound_by
            << ")";
     values_separator = ", ";

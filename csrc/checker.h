@@ -18,6 +18,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline constexpr char kConstant[] = "";  // bound_by of a size that is known beforehand
+
 // A size with a name: bound where it is first seen, compared wherever it is seen again.
 struct Size {
   const char* name;

@@ -19,7 +19,7 @@ struct Sizes {
   Size num_blocks{"num_blocks"};
   Size block_size{"block_size"};
   Size max_blocks{"max_blocks"};
-  Size two{"2", 2, "its layout"};
+  Size two{"2", 2, kConstant};
 };
 
 void check_tokens(const Checker& check, const char* name, const Tensor& tensor, Size& num_heads,
@@ -125,9 +125,12 @@ void check_batch(const Checker& check, const Tensor& block_table, const char* le
   }
 }
 
-AttentionParams make_params(const Tensor& query, const Tensor& block_table, const Tensor& lens,
+AttentionParams make_params(const char* op, const char* lens_name, const Tensor& query,
+                            const Tensor& block_table, const Tensor& lens,
                             const OptionalTensor& query_start_loc, const Sizes& sizes) {
   AttentionParams params{};
+  params.op = op;
+  params.seq_lens_name = lens_name;
   params.query = query.const_data_ptr();
   params.query_stride_token = query.stride(0);
   params.query_stride_head = query.stride(1);
@@ -174,7 +177,8 @@ AttentionParams check_attention(const char* op, const Tensor& query, const Tenso
   check_batch(check, block_table, "seq_lens", seq_lens, query_start_loc, sizes);
   check_option_values(check, options);
 
-  AttentionParams params = make_params(query, block_table, seq_lens, query_start_loc, sizes);
+  AttentionParams params =
+      make_params(op, "seq_lens", query, block_table, seq_lens, query_start_loc, sizes);
   params.key_cache = half_of<const void*>(kv_cache, 0);
   params.value_cache = half_of<const void*>(kv_cache, 1);
   params.cache_dtype = to_dtype(kv_cache.scalar_type());
@@ -218,7 +222,9 @@ void set_lse(AttentionParams& params, const Tensor& lse) {
 AttentionParams check_paged_attention_v1(const Tensor& query, const Tensor& key_cache,
                                          const Tensor& value_cache, const Tensor& block_table,
                                          const Tensor& context_lens) {
-  const Checker check("paged_attention_v1", "query", query);
+  constexpr const char* kOp = "paged_attention_v1";
+  constexpr const char* kLens = "context_lens";
+  const Checker check(kOp, "query", query);
   Sizes sizes;
   check_tokens(check, "query", query, sizes.num_heads, sizes);
   for (const auto& [name, cache] :
@@ -232,9 +238,10 @@ AttentionParams check_paged_attention_v1(const Tensor& query, const Tensor& key_
   }
   check.dtype("value_cache", value_cache, {key_cache.scalar_type()});
   check_group(check, sizes);
-  check_batch(check, block_table, "context_lens", context_lens, std::nullopt, sizes);
+  check_batch(check, block_table, kLens, context_lens, std::nullopt, sizes);
 
-  AttentionParams params = make_params(query, block_table, context_lens, std::nullopt, sizes);
+  AttentionParams params =
+      make_params(kOp, kLens, query, block_table, context_lens, std::nullopt, sizes);
   const auto whole = [](const Tensor& cache) {
     return CacheHalf<const void*>{cache.const_data_ptr(), cache.stride(0), cache.stride(1),
                                   cache.stride(2)};

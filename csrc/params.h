@@ -65,6 +65,9 @@ struct AttentionParams {
   DType cache_dtype;
   DType out_dtype;
 
+  const char* op;             // what the messages of the host call this operator
+  const char* seq_lens_name;  // and seq_lens
+
   int32_t group_size() const { return num_heads / num_kv_heads; }
 };
 

@@ -8,9 +8,10 @@
 namespace paged_ops::cpu {
 namespace {
 
-[[noreturn]] void fail(const std::string& what, const std::string& expected, int64_t got) {
-  throw std::runtime_error("paged::" + what + " must be " + expected + ", got " +
-                           std::to_string(got));
+[[noreturn]] void fail(const char* op, const std::string& what, const std::string& expected,
+                       int64_t got) {
+  throw std::runtime_error(std::string("paged::") + op + ": " + what + " must be " + expected +
+                           ", got " + std::to_string(got));
 }
 
 std::string at(const char* name, int64_t index) {
@@ -26,7 +27,7 @@ void check_block_ids(const AttentionParams& params, int64_t seq, int64_t query_l
   const int32_t* row = params.block_table + seq * params.block_table_stride;
   for (int64_t i = first_block; i < end_block; ++i) {
     if (row[i] >= 0 && row[i] < params.num_blocks) continue;
-    fail("attention: block_table[" + std::to_string(seq) + ", " + std::to_string(i) + "]",
+    fail(params.op, "block_table[" + std::to_string(seq) + ", " + std::to_string(i) + "]",
          "a block id below " + std::to_string(params.num_blocks), row[i]);
   }
 }
@@ -34,12 +35,12 @@ void check_block_ids(const AttentionParams& params, int64_t seq, int64_t query_l
 int64_t check_query_len(const AttentionParams& params, int64_t seq) {
   if (params.query_start_loc == nullptr) return 1;
   const int64_t begin = params.query_start_loc[seq], end = params.query_start_loc[seq + 1];
-  if (begin < 0) fail(at("attention: query_start_loc", seq), "0 or more", begin);
+  if (begin < 0) fail(params.op, at("query_start_loc", seq), "0 or more", begin);
   if (end < begin) {
-    fail(at("attention: query_start_loc", seq + 1), "at least " + std::to_string(begin), end);
+    fail(params.op, at("query_start_loc", seq + 1), "at least " + std::to_string(begin), end);
   }
   if (end > params.num_tokens) {
-    fail(at("attention: query_start_loc", seq + 1),
+    fail(params.op, at("query_start_loc", seq + 1),
          "at most num_tokens=" + std::to_string(params.num_tokens), end);
   }
   return end - begin;
@@ -52,7 +53,7 @@ void check_values(const AttentionParams& params) {
   for (int64_t seq = 0; seq < params.num_seqs; ++seq) {
     const int64_t seq_len = params.seq_lens[seq];
     if (seq_len < 0 || seq_len > capacity) {
-      fail(at("attention: seq_lens", seq),
+      fail(params.op, at(params.seq_lens_name, seq),
            "from 0 to max_blocks * block_size = " + std::to_string(capacity), seq_len);
     }
     const int64_t query_len = check_query_len(params, seq);
@@ -65,7 +66,7 @@ void check_values(const WriteKvParams& params) {
   for (int64_t token = 0; token < params.num_tokens; ++token) {
     const int64_t slot = params.slot_mapping[token];
     if (slot >= -1 && slot < num_slots) continue;
-    fail(at("write_kv: slot_mapping", token),
+    fail("write_kv", at("slot_mapping", token),
          "-1 (skip) or a slot below " + std::to_string(num_slots), slot);
   }
 }
@@ -76,18 +77,18 @@ void check_values(const CopyBlocksParams& params) {
     for (int64_t end = 0; end < 2; ++end) {
       const int64_t block = params.block_pairs[2 * pair + end];
       if (block >= 0 && block < params.num_blocks) continue;
-      fail("copy_blocks: block_pairs[" + std::to_string(pair) + ", " + std::to_string(end) + "]",
+      fail("copy_blocks", "block_pairs[" + std::to_string(pair) + ", " + std::to_string(end) + "]",
            "a block id below " + std::to_string(params.num_blocks), block);
     }
     const int64_t destination = params.block_pairs[2 * pair + 1];
     if (!destinations.insert(destination).second) {
-      fail(at("copy_blocks: block_pairs", pair), "a destination given once", destination);
+      fail("copy_blocks", at("block_pairs", pair), "a destination given once", destination);
     }
   }
   for (int64_t pair = 0; pair < params.num_pairs; ++pair) {
     const int64_t source = params.block_pairs[2 * pair];
     if (destinations.count(source) > 0) {
-      fail(at("copy_blocks: block_pairs", pair), "a source that is no destination", source);
+      fail("copy_blocks", at("block_pairs", pair), "a source that is no destination", source);
     }
   }
 }
