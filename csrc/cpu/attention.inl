@@ -132,9 +132,10 @@ KeyRange seen_in_tile(const AttentionParams& params, const Unit& unit, int64_t f
 }
 
 // Scores to weights for all rows; true if every row sees every key of the tile that is not null.
-template <typename T, typename Element>
+template <typename Math, typename T>
 bool softmax_rows(const AttentionParams& params, const Unit& unit, const Tile<T>& tile,
-                  int64_t kv_head, const Workspace<Element>& space, RunningSoftmax* running) {
+                  int64_t kv_head, const Workspace<typename Math::Element>& space,
+                  RunningSoftmax* running) {
   const int64_t group_size = params.group_size(), head = unit.first_kv_head + kv_head;
   const Scoring scoring = make_scoring(params, static_cast<int>(head));
   const int num_vectors = (tile.num_keys + kLanes - 1) / kLanes;
@@ -149,8 +150,8 @@ bool softmax_rows(const AttentionParams& params, const Unit& unit, const Tile<T>
     }
     all_seen = all_seen && row.seen.begin <= (first_seen > 0 ? first_seen : 0) &&
                row.seen.end == tile.num_keys;
-    space.rescale[i] = softmax_row(scoring, row, space.scores + i * kTileKeys, num_vectors,
-                                   space.weights + i * kTileKeys, running[i]);
+    space.rescale[i] = softmax_row<Math>(scoring, row, space.scores + i * kTileKeys, num_vectors,
+                                         space.weights + i * kTileKeys, running[i]);
   }
   return all_seen;
 }
@@ -205,7 +206,8 @@ void attend_tile(const AttentionParams& params, const Unit& unit, const Tile<T>&
                          space.packed, kTileKeys, nullptr, space.scores, kTileKeys, num_rows,
                          (params.head_size + Math::kDepth - 1) / Math::kDepth,
                          (tile.num_keys + kLanes - 1) / kLanes});
-  const bool all_seen = softmax_rows(params, unit, tile, kv_head, space, space.running + first_row);
+  const bool all_seen =
+      softmax_rows<Math>(params, unit, tile, kv_head, space, space.running + first_row);
   add_values(params, unit, tile, values, all_seen,
              Product<Math>{space.weights, kTileKeys, space.packed, space.out_stride, space.rescale,
                            space.out + first_row * space.out_stride, space.out_stride, num_rows,

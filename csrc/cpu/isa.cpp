@@ -6,6 +6,9 @@
 namespace paged_ops::cpu {
 
 extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+#endif
 
 namespace {
 
@@ -14,7 +17,21 @@ struct InstructionSet {
   bool supported;
 };
 
+#if defined(__x86_64__)
+const bool kHasAvx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+const bool kHasAvx512 = kHasAvx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq");
+#endif
+
+// Best first.
 const InstructionSet kInstructionSets[] = {
+#if defined(__x86_64__)
+    {&kAvx512Bf16Kernels, kHasAvx512 && __builtin_cpu_supports("avx512bf16")},
+    {&kAvx512Kernels, kHasAvx512},
+    {&kAvx2Kernels, kHasAvx2},
+#endif
     {&kScalarKernels, true},
 };
 

@@ -74,9 +74,9 @@ inline Vec score(Vec product, const Scoring& scoring, const Row& row, int key) {
 
 // Turns num_vectors vectors of q . k into weights, 0 where the row does not see the key, and
 // returns the factor by which what was summed before has to shrink.
-template <typename Element>
+template <typename Math>
 float softmax_row(const Scoring& scoring, const Row& row, float* scores, int num_vectors,
-                  Element* weights, RunningSoftmax& running) {
+                  typename Math::Element* weights, RunningSoftmax& running) {
   Vec best = broadcast(-kInfinity);
   for (int i = 0; i < num_vectors; ++i) {
     const Vec x = score(load(scores + i * kLanes), scoring, row, i * kLanes);
@@ -91,7 +91,7 @@ float softmax_row(const Scoring& scoring, const Row& row, float* scores, int num
   for (int i = 0; i < num_vectors; ++i) {
     const Vec weight = exp2(sub(load(scores + i * kLanes), broadcast(reference)));
     sum = add(sum, weight);
-    store(weights + i * kLanes, weight, kLanes);
+    Math::store_weights(weights + i * kLanes, weight);
   }
   const float rescale = running.max == new_max ? 1.0f : std::exp2(running.max - reference);
   running = {new_max, running.sum * rescale + reduce_add(sum)};

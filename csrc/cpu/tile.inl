@@ -24,6 +24,7 @@ struct Float32Math {
   static Vec load_words(const T* p, int count) {
     return load(p, count);
   }
+  static void store_weights(float* p, Vec x) { store(p, x); }
   template <typename T>
   static void pack_values(const T* const (&rows)[1], int count, float* packed) {
     store(packed, rows[0] == nullptr ? zero() : load(rows[0], count));

@@ -1,0 +1,49 @@
+// AVX-512 with the bfloat16 dot product: a bfloat16 cache is multiplied as it is, two elements a
+// lane.
+#include "vec_avx512.h"
+
+namespace paged_ops::cpu {
+namespace {
+
+struct BFloat16Math {
+  using Element = BFloat16;
+  static constexpr int kDepth = 2;
+  static constexpr int kColumns = 2 * kLanes;
+
+  static Vec broadcast_word(const BFloat16* p) {
+    int32_t word;
+    std::memcpy(&word, p, sizeof word);
+    return _mm512_castsi512_ps(_mm512_set1_epi32(word));
+  }
+  static Vec multiply_add_words(Vec a, Vec b, Vec c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+
+  static Vec load_words(const BFloat16* p, int count) {
+    return _mm512_castsi512_ps(load_elements(p, count));
+  }
+  static void store_weights(BFloat16* p, Vec x) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(x);
+    std::memcpy(p, &rounded, sizeof rounded);
+  }
+
+  static void pack_values(const BFloat16* const (&rows)[2], int count, float* packed) {
+    const __m512i even = load_elements(rows[0], count), odd = load_elements(rows[1], count);
+    // Word i of the indices takes column i of the even row and, counted from 32, of the odd one.
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i odd_lane = _mm512_add_epi32(lane, _mm512_set1_epi32(32));
+    const __m512i low = _mm512_or_si512(lane, _mm512_slli_epi32(odd_lane, 16));
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(packed, _mm512_permutex2var_epi16(even, low, odd));
+    _mm512_storeu_si512(packed + kLanes, _mm512_permutex2var_epi16(even, high, odd));
+  }
+
+ private:
+  static __m512i load_elements(const BFloat16* p, int count) {
+    if (p == nullptr) return _mm512_setzero_si512();
+    return _mm512_maskz_loadu_epi16(count >= kColumns ? ~0u : (1u << count) - 1, p);
+  }
+};
+
+}  // namespace
+}  // namespace paged_ops::cpu
