@@ -117,6 +117,16 @@ def block_manager_module(cpp_extension):
     )
 
 
+def drop_stale_cuda_objects(folder: Path) -> None:
+    """Beside a CPU-only torch ninja is not told which headers nvcc has read, so an edit of a header
+    would leave objects that take the structs of params.h to be laid out otherwise."""
+    headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
+    newest = max(path.stat().st_mtime for path in headers)
+    for compiled in folder.glob("csrc/cuda/**/*.o"):
+        if compiled.stat().st_mtime < newest:
+            compiled.unlink()
+
+
 def build_command(cpp_extension, cuda_root: str | None):
     if cuda_root:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
@@ -124,7 +134,13 @@ def build_command(cpp_extension, cuda_root: str | None):
         # CUDA, of which the stable ABI and the static runtime are independent.
         cpp_extension.CUDA_HOME = cuda_root
         cpp_extension._check_cuda_version = lambda *_: None
-    return cpp_extension.BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def build_extension(self, ext):
+            drop_stale_cuda_objects(Path(self.build_temp))
+            super().build_extension(ext)
+
+    return BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
 
 
 def main() -> None:
