@@ -92,8 +92,10 @@ def compile_step(device: torch.device) -> Callable[..., Tensor]:
     """The step for this device, for any number of sequences from 2 on and all lengths."""
     if device.type == "cuda":
         return torch.compile(decode_step, fullgraph=True, dynamic=True, mode="reduce-overhead")
-    # Frozen weights are repacked for the matrix kernels: a step reads them at twice the speed.
-    return torch.compile(decode_step, fullgraph=True, dynamic=True, options={"freezing": True})
+    # Frozen weights are repacked for the matrix kernels: a step reads them at twice the speed. A
+    # patch, and no option of torch.compile, because Dynamo has to know of it while it traces.
+    freeze = torch._inductor.config.patch(freezing=True)
+    return freeze(torch.compile(decode_step, fullgraph=True, dynamic=True))
 
 
 def generate(
