@@ -1,0 +1,114 @@
+"""Every instruction set of the machine is right; no result depends on what runs beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case, Inputs, expected, make_inputs, random_case
+from conftest import assert_accurate
+
+from paged_ops import ops
+
+TESTS = Path(__file__).parent
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LONG = Case(seq_lens=(1500, 3, 0, 700, 64), num_heads=8, num_kv_heads=2)
+MIXED = Case(seq_lens=(900, 40, 300), query_lens=(300, 40, 1), num_heads=8, num_kv_heads=2)
+
+
+def run_with(instruction_set: str, code: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the kernels are chosen once."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=TESTS,
+        env={
+            **os.environ,
+            "PAGED_OPS_CPU": instruction_set,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def refusal() -> str:
+    call = "ops.merge_states(*[torch.zeros(1, 1, 8), torch.zeros(1, 1)] * 2)"
+    return (
+        run_with("none-such", f"import torch; from paged_ops import ops; {call}")
+        .stderr.strip()
+        .splitlines()[-1]
+    )
+
+
+def check_random_configurations() -> None:
+    """What each instruction set runs in its process."""
+    for seed in range(1000, 1040):
+        inputs = make_inputs(random_case(seed))
+        out, lse = ops.attention_lse(*inputs.args, **inputs.options)
+        expected_out, expected_lse = expected(inputs)
+        assert_accurate(out, expected_out, inputs.query.dtype)
+        assert_accurate(lse, expected_lse, inputs.query.dtype)
+
+
+def test_every_instruction_set():
+    names = re.findall(r"\w+", refusal().split("must be one of:")[1].split(";")[0])
+    assert names[-1] == "scalar"
+    for name in names:
+        result = run_with(name, "import test_cpu_kernels as t; t.check_random_configurations()")
+        assert result.returncode == 0, f"{name}: {result.stderr[-2000:]}"
+
+
+def test_unknown_instruction_set():
+    assert "PAGED_OPS_CPU must be one of: " in refusal()
+    assert "got none-such" in refusal()
+
+
+@pytest.fixture
+def one_thread():
+    """Sets one thread when called, and puts the number back afterwards."""
+    threads = torch.get_num_threads()
+    yield lambda: torch.set_num_threads(1)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [LONG, MIXED], ids=["decode", "mixed"])
+def test_threads_change_no_bit(case, dtype, one_thread):
+    inputs = make_inputs(Case(**{**vars(case), "dtype": dtype}))
+    with_all = ops.attention_lse(*inputs.args)
+    one_thread()
+    with_one = ops.attention_lse(*inputs.args)
+    assert all(map(torch.equal, with_all, with_one))
+
+
+def alone(inputs: Inputs, seq: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A sequence's rows of query, and out and lse when it is the whole batch."""
+    starts = inputs.query_start_loc
+    begin, end = (seq, seq + 1) if starts is None else (int(starts[seq]), int(starts[seq + 1]))
+    rows = torch.arange(begin, end)
+    own_starts = None if starts is None else torch.tensor([0, end - begin], dtype=torch.int32)
+    out, lse = ops.attention_lse(
+        inputs.query[begin:end],
+        inputs.kv_cache,
+        inputs.block_table[seq : seq + 1],
+        inputs.seq_lens[seq : seq + 1],
+        own_starts,
+    )
+    return rows, out, lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [LONG, MIXED], ids=["decode", "mixed"])
+def test_the_batch_changes_no_bit(case, dtype):
+    inputs = make_inputs(Case(**{**vars(case), "dtype": dtype}))
+    out, lse = ops.attention_lse(*inputs.args)
+    for seq in range(len(case.seq_lens)):
+        rows, own_out, own_lse = alone(inputs, seq)
+        assert torch.equal(out[rows], own_out)
+        assert torch.equal(lse[rows], own_lse)
