@@ -1,0 +1,155 @@
+#include "emulation.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <vector>
+
+dim3 threadIdx, blockIdx, gridDim, blockDim;
+
+namespace emulation {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kWarpSize = 32;
+constexpr size_t kStackBytes = 256 << 10;
+
+struct Fiber {
+  void* stack_pointer;
+  char* stack;
+  bool done;
+  int parity;  // of the shuffle buffer: a fast lane may be one shuffle ahead of a slow one
+};
+
+struct Barrier {
+  int arrived;
+  int generation;
+};
+
+Fiber fibers[kMaxThreads];
+Barrier cta_barrier;
+Barrier warp_barriers[kMaxThreads / kWarpSize];
+float shuffled[kMaxThreads / kWarpSize][2][kWarpSize];
+void* scheduler_stack_pointer;
+const std::function<void()>* body;
+int num_threads;
+int current;  // the running fiber
+long progress;
+bool trapped;
+unsigned random_state = 12345;
+
+// Saves the callee-saved registers of x86-64's calling convention and goes on elsewhere.
+__attribute__((naked, noinline)) void switch_stack(void** /*save*/, void* /*to*/) {
+  asm volatile(
+      "pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15;"
+      "movq %rsp, (%rdi); movq %rsi, %rsp;"
+      "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
+}
+
+void yield() { switch_stack(&fibers[current].stack_pointer, scheduler_stack_pointer); }
+
+void enter_fiber() {
+  (*body)();
+  fibers[current].done = true;
+  ++progress;
+  yield();
+  std::abort();
+}
+
+void wait(Barrier& barrier, int expected) {
+  const int generation = barrier.generation;
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    ++progress;
+  }
+  while (barrier.generation == generation) yield();
+}
+
+void start_fiber(Fiber& fiber) {
+  if (fiber.stack == nullptr) {
+    fiber.stack = static_cast<char*>(
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  }
+  void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
+  *--top = nullptr;  // alignment at entry
+  *--top = reinterpret_cast<void*>(enter_fiber);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber = {top, fiber.stack, false, 0};
+}
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "emulation: %s\n", what);
+  std::abort();
+}
+
+// A random order, so that nothing comes to depend on one.
+std::vector<int> shuffled_threads() {
+  std::vector<int> order(num_threads);
+  for (int i = 0; i < num_threads; ++i) order[i] = i;
+  for (int i = num_threads - 1; i > 0; --i) {
+    random_state = random_state * 1664525u + 1013904223u;
+    std::swap(order[i], order[(random_state >> 8) % (i + 1)]);
+  }
+  return order;
+}
+
+bool run_cta() {
+  cta_barrier = {};
+  std::fill(std::begin(warp_barriers), std::end(warp_barriers), Barrier{});
+  for (int thread = 0; thread < num_threads; ++thread) start_fiber(fibers[thread]);
+  const std::vector<int> order = shuffled_threads();
+  for (bool left = true; left;) {
+    left = false;
+    const long before = progress;
+    for (const int thread : order) {
+      if (fibers[thread].done) continue;
+      left = true;
+      current = thread;
+      threadIdx = dim3(thread);
+      switch_stack(&scheduler_stack_pointer, fibers[thread].stack_pointer);
+      if (trapped) return false;
+    }
+    if (left && progress == before) fail("a barrier that some threads never reach");
+  }
+  if (cta_barrier.arrived != 0) fail("a barrier was left open");
+  return true;
+}
+
+}  // namespace
+
+void sync_cta() { wait(cta_barrier, num_threads); }
+
+void sync_warp() { wait(warp_barriers[current / kWarpSize], kWarpSize); }
+
+float shuffle_xor(float x, int distance) {
+  const int warp = current / kWarpSize, lane = current % kWarpSize;
+  const int parity = fibers[current].parity ^= 1;
+  shuffled[warp][parity][lane] = x;
+  sync_warp();
+  return shuffled[warp][parity][lane ^ distance];
+}
+
+void trap() {
+  trapped = true;
+  yield();
+  std::abort();
+}
+
+bool run(dim3 grid, dim3 cta, const std::function<void()>& kernel) {
+  if (cta.x % kWarpSize != 0 || cta.x > kMaxThreads || cta.y != 1 || cta.z != 1) fail("CTA size");
+  body = &kernel;
+  num_threads = static_cast<int>(cta.x);
+  trapped = false;
+  gridDim = grid;
+  blockDim = cta;
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y);
+      if (!run_cta()) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace emulation

@@ -1,0 +1,71 @@
+"""The CUDA kernels, compiled for the CPU and run thread by thread, pass the operators' own tests.
+
+What a GPU adds (memory order, registers, the stream) only the tests marked `gpu` see.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths, library_paths
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+KERNELS = ["attention", "cache", "merge", "value_checks"]
+SELECTION = "cpu and (masks or dtypes or block_sizes or empty_rows or nan or random or cache_ops)"
+
+
+find_cuda_root = runpy.run_path(str(ROOT / "setup.py"))["find_cuda_root"]
+
+
+def compile_all(commands: list[list[str]]) -> None:
+    """Two at a time."""
+    for first in range(0, len(commands), 2):
+        running = [subprocess.Popen(command) for command in commands[first : first + 2]]
+        assert [process.wait() for process in running] == [0] * len(running)
+
+
+def build(folder: Path, cuda_root: str) -> None:
+    """paged_ops with the emulated library in `folder`."""
+    sources = Path(__file__).parent / "cuda_emulation"
+    includes = [f"-I{path}" for path in (f"{cuda_root}/include", ROOT / "csrc", *include_paths())]
+    compiler = [os.environ.get("CXX", "g++"), *FLAGS, *includes]
+    commands, objects = [], []
+    kernels = [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in KERNELS]
+    hosts = [*ROOT.glob("csrc/*.cpp"), sources / "emulation.cpp", sources / "register.cpp"]
+    for source in (*kernels, *hosts):
+        objects.append(str(folder / f"{source.stem}.{len(objects)}.o"))
+        emulated = ["-include", str(sources / "emulation.h"), "-x", "c++"]
+        options = emulated if source.suffix == ".cu" else []
+        commands.append([*compiler, *options, "-c", str(source), "-o", objects[-1]])
+    compile_all(commands)
+    package = folder / "paged_ops"
+    shutil.copytree(ROOT / "paged_ops", package, ignore=shutil.ignore_patterns("_C*.so"))
+    libraries = [f"-L{path}" for path in library_paths()]
+    target = ["-shared", "-o", str(package / "_C.abi3.so"), *objects]
+    compile_all([[compiler[0], *target, *libraries, "-ltorch_cpu", "-lc10"]])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="switches fibers in x86-64 assembly")
+@pytest.mark.skipif(find_cuda_root() is None, reason="needs the headers of CUDA")
+def test_operators_on_emulated_kernels(tmp_path):
+    build(tmp_path, find_cuda_root())
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    files = ["tests/test_attention.py", "tests/test_cache_ops.py"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", SELECTION],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
