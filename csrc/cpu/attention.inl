@@ -106,7 +106,7 @@ template <typename T>
 void locate(const AttentionParams& params, const Unit& unit, int64_t first_key, Tile<T>& tile) {
   const int64_t left = unit.keys.end - first_key;
   tile.first_key = first_key;
-  tile.num_keys = static_cast<int>(left < unit.tile_keys ? left : unit.tile_keys);
+  tile.num_keys = left <= 0 ? 0 : static_cast<int>(left < unit.tile_keys ? left : unit.tile_keys);
   const int32_t* const blocks = params.block_table + unit.seq * params.block_table_stride;
   int64_t column = first_key / params.block_size, slot = first_key % params.block_size;
   for (int i = 0; i < tile.num_keys; ++i) {
@@ -158,7 +158,7 @@ bool softmax_rows(const AttentionParams& params, const Unit& unit, const Tile<T>
 
 // 0 * x is NaN exactly where x is not finite: a row of zero weights tells.
 template <typename Math>
-bool all_finite(Product<Math> product, int head_size) {
+bool all_finite(Product<Math, Packed> product, int head_size) {
   typename Math::Element zeros[kTileKeys] = {};
   float sums[kMaxHeadSize + kLanes];
   product.a = zeros;
@@ -175,9 +175,9 @@ bool all_finite(Product<Math> product, int head_size) {
 // out = rescale * out + weights x values.
 template <typename Math, typename T>
 void add_values(const AttentionParams& params, const Unit& unit, const Tile<T>& tile,
-                TileRows<T> values, bool all_seen, Product<Math> product) {
+                TileRows<T> values, bool all_seen, Product<Math, Packed> product) {
   const KeyRange all{0, tile.num_keys};
-  float* const packed = const_cast<float*>(product.b);
+  float* const packed = const_cast<float*>(product.b.data);
   pack_values<Math>(values, all, tile.num_keys, params.head_size, packed);
   if (all_seen || all_finite(product, params.head_size)) return multiply(product);
   // Some row does not see a value that is not finite, and its weight 0 would not keep it out.
@@ -195,24 +195,41 @@ void add_values(const AttentionParams& params, const Unit& unit, const Tile<T>& 
 
 template <typename Math, typename T>
 void attend_tile(const AttentionParams& params, const Unit& unit, const Tile<T>& tile,
-                 int64_t kv_head, const Workspace<typename Math::Element>& space) {
+                 int64_t kv_head, const Workspace<typename Math::Element>& space, Ahead& ahead) {
   const int64_t head = unit.first_kv_head + kv_head, first_row = kv_head * space.num_rows;
   const TileRows<T> keys{tile.keys, head * params.key_cache.stride_head};
   const TileRows<T> values{tile.values, head * params.value_cache.stride_head};
   const int num_rows = static_cast<int>(space.num_rows);
 
-  pack_keys<Math>(keys, tile.num_keys, params.head_size, space.packed);
-  multiply(Product<Math>{space.query + first_row * space.query_stride, space.query_stride,
-                         space.packed, kTileKeys, nullptr, space.scores, kTileKeys, num_rows,
-                         (params.head_size + Math::kDepth - 1) / Math::kDepth,
-                         (tile.num_keys + kLanes - 1) / kLanes});
+  pack_keys<Math>(keys, tile.num_keys, params.head_size, space.packed, ahead);
+  multiply(Product<Math, PackedAhead>{space.query + first_row * space.query_stride,
+                                      space.query_stride,
+                                      {{space.packed, kTileKeys}, &ahead},
+                                      nullptr,
+                                      space.scores,
+                                      kTileKeys,
+                                      num_rows,
+                                      (params.head_size + Math::kDepth - 1) / Math::kDepth,
+                                      (tile.num_keys + kLanes - 1) / kLanes});
   const bool all_seen =
       softmax_rows<Math>(params, unit, tile, kv_head, space, space.running + first_row);
-  add_values(params, unit, tile, values, all_seen,
-             Product<Math>{space.weights, kTileKeys, space.packed, space.out_stride, space.rescale,
-                           space.out + first_row * space.out_stride, space.out_stride, num_rows,
-                           (tile.num_keys + Math::kDepth - 1) / Math::kDepth,
-                           (params.head_size + kLanes - 1) / kLanes});
+  const auto weighted_sum = [&](auto right) {
+    return Product<Math, decltype(right)>{space.weights,
+                                          kTileKeys,
+                                          right,
+                                          space.rescale,
+                                          space.out + first_row * space.out_stride,
+                                          space.out_stride,
+                                          num_rows,
+                                          (tile.num_keys + Math::kDepth - 1) / Math::kDepth,
+                                          (params.head_size + kLanes - 1) / kLanes};
+  };
+  if (all_seen && num_rows <= 2 * kBlockRows) {
+    multiply(weighted_sum(Unpacked<Math, T>{values, tile.num_keys, params.head_size, &ahead}));
+  } else {
+    add_values(params, unit, tile, values, all_seen,
+               weighted_sum(Packed{space.packed, space.out_stride}));
+  }
 }
 
 // out = factor * sums, of the type that the caller wants. A factor of 0 writes zeros, whatever sums
@@ -292,18 +309,41 @@ void finish(const AttentionParams& params, const Schedule& schedule, const Unit&
   }
 }
 
+// In the order of memory: by tokens where a token's heads lie together, else by heads.
+template <typename T>
+void plan_ahead(const AttentionParams& params, const Unit& unit, const Tile<T>& tile,
+                Ahead& ahead) {
+  const auto add_half = [&](const T* const* rows, int64_t stride_head) {
+    const bool together = stride_head == params.head_size;
+    const int64_t size = (together ? unit.num_kv_heads : 1) * params.head_size * int64_t{sizeof(T)};
+    for (int head = 0; head < (together ? 1 : unit.num_kv_heads); ++head) {
+      for (int i = 0; i < tile.num_keys; ++i) {
+        if (rows[i] != nullptr)
+          ahead.add(rows[i] + (unit.first_kv_head + head) * stride_head, size);
+      }
+    }
+  };
+  add_half(tile.keys, params.key_cache.stride_head);
+  add_half(tile.values, params.value_cache.stride_head);
+  ahead.advance();
+}
+
 template <typename Math, typename T>
 void attend_unit(const AttentionParams& params, const Schedule& schedule, int64_t index) {
   const Unit unit = schedule.unit(index);
   const auto space = make_workspace<Math>(params, unit);
   start(params, unit, space);
-  Tile<T> tile;
-  for (int64_t key = unit.keys.begin / kTileKeys * kTileKeys; key < unit.keys.end;
-       key += unit.tile_keys) {
-    if (key + unit.tile_keys <= unit.keys.begin) continue;
-    locate(params, unit, key, tile);
+  // Tiles begin at multiples of their size, wherever the unit's keys do.
+  int64_t key = unit.keys.begin / unit.tile_keys * unit.tile_keys;
+  Tile<T> tiles[2];
+  locate(params, unit, key, tiles[0]);
+  for (int i = 0; key < unit.keys.end; i = 1 - i) {
+    key += unit.tile_keys;
+    locate(params, unit, key, tiles[1 - i]);
+    Ahead ahead;
+    if (unit.num_kv_heads > 1) plan_ahead(params, unit, tiles[1 - i], ahead);
     for (int kv_head = 0; kv_head < unit.num_kv_heads; ++kv_head) {
-      attend_tile<Math>(params, unit, tile, kv_head, space);
+      attend_tile<Math>(params, unit, tiles[i], kv_head, space, ahead);
     }
   }
   finish(params, schedule, unit, space);

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kTileRows = 128;        // K and V are repacked once for this many rows
 constexpr int64_t kFewRows = 32;          // up to here reading the cache costs more than arithmetic
 constexpr int64_t kStateBytes = 1 << 19;  // accumulators that stay in a second-level cache
-constexpr int64_t kKvBytes = 1 << 18;     // K and V of one tile, likewise; the next is prefetched
+constexpr int64_t kKvBytes = 1 << 17;     // K and V of one tile, likewise; the next is prefetched
 constexpr int64_t kSplitKeys = 256;       // few rows: about a megabyte of cache
 constexpr int64_t kSplitKeysManyRows = 2048;
 constexpr int64_t kMaxSplits = 64;            // bounds the memory of the partial results

@@ -25,9 +25,54 @@ struct Float32Math {
     return load(p, count);
   }
   static void store_weights(float* p, Vec x) { store(p, x); }
-  template <typename T>
-  static void pack_values(const T* const (&rows)[1], int count, float* packed) {
-    store(packed, rows[0] == nullptr ? zero() : load(rows[0], count));
+  template <typename T, int kCount>
+  static void load_values(const T* const (&rows)[1], int first, int head_size, Vec (&row)[kCount]) {
+    for (int i = 0; i < kCount; ++i) {
+      const int column = first + i * kLanes;
+      row[i] = rows[0] == nullptr ? zero() : load(rows[0] + column, head_size - column);
+    }
+  }
+};
+
+// Fetches the memory of the next tile, a few lines at a time, wherever this one is computed with. A
+// processor has some twenty fetches under way at once and drops what is asked for beyond them:
+// evenly spread, in the order of memory, they come for free; in a burst most of them are lost.
+struct Ahead {
+  static constexpr int kLine = 64;
+  static constexpr int kMaxRuns = 1024;  // what is beyond is not fetched
+  struct Run {
+    const char* begin;
+    int64_t size;
+  };
+
+  Run runs[kMaxRuns];
+  int num_runs = 0;
+  int run = 0;
+  const char* next = nullptr;
+  int64_t left = 0;
+
+  template <int kLines>
+  inline void fetch() {
+    if (left <= 0) return;
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(next + i * kLine, 0, 2);
+    next += kLines * kLine;
+    left -= kLines * kLine;
+    if (left <= 0) advance();
+  }
+  void advance() {
+    if (run == num_runs) return;
+    next = runs[run].begin;
+    left = runs[run].size;
+    ++run;
+  }
+  // Joins the run before if it follows it without a gap.
+  void add(const void* begin, int64_t size) {
+    const char* const data = static_cast<const char*>(begin);
+    if (num_runs > 0 && runs[num_runs - 1].begin + runs[num_runs - 1].size == data) {
+      runs[num_runs - 1].size += size;
+    } else if (num_runs < kMaxRuns) {
+      runs[num_runs++] = {data, size};
+    }
   }
 };
 
@@ -43,7 +88,7 @@ struct TileRows {
 
 // packed[word, key] for num_keys keys, rounded up to whole vectors.
 template <typename Math, typename T>
-void pack_keys(TileRows<T> keys, int num_keys, int head_size, float* packed) {
+void pack_keys(TileRows<T> keys, int num_keys, int head_size, float* packed, Ahead& ahead) {
   for (int key = 0; key < num_keys; key += kLanes) {
     for (int first = 0; first < head_size; first += kLanes * Math::kDepth) {
       Vec square[kLanes];
@@ -51,6 +96,7 @@ void pack_keys(TileRows<T> keys, int num_keys, int head_size, float* packed) {
         const T* const row = key + i < num_keys ? keys.row(key + i) : nullptr;
         square[i] = row == nullptr ? zero() : Math::load_words(row + first, head_size - first);
       }
+      ahead.fetch<8>();
       transpose(square);
       float* const corner = packed + first / Math::kDepth * kTileKeys + key;
       for (int i = 0; i < kLanes; ++i) store(corner + i * kTileKeys, square[i]);
@@ -69,19 +115,66 @@ void pack_values(TileRows<T> values, KeyRange range, int num_keys, int head_size
       rows[i] = range.begin <= key + i && key + i < range.end ? values.row(key + i) : nullptr;
     }
     for (int column = 0; column < head_size; column += Math::kColumns) {
-      Math::pack_values(rows, head_size - column, packed + column);
-      for (const T*& row : rows) row = row == nullptr ? nullptr : row + Math::kColumns;
+      Vec words[Math::kColumns / kLanes];
+      Math::load_values(rows, column, head_size, words);
+      for (int i = 0; i < Math::kColumns / kLanes; ++i)
+        store(packed + column + i * kLanes, words[i]);
     }
   }
 }
 
+// The right-hand matrix of a product, [num_words, vectors of kLanes columns].
+struct Packed {
+  const float* data;
+  int64_t stride;
+
+  template <int kColumns>
+  void load_row(int word, int column, Vec (&row)[kColumns]) const {
+    for (int i = 0; i < kColumns; ++i) {
+      row[i] = load(data + word * stride + (column + i) * kLanes);
+    }
+  }
+};
+
+// The same; meanwhile the next tile is fetched.
+struct PackedAhead {
+  Packed packed;
+  Ahead* ahead;
+
+  template <int kColumns>
+  void load_row(int word, int column, Vec (&row)[kColumns]) const {
+    ahead->fetch<2>();
+    packed.load_row(word, column, row);
+  }
+};
+
+// Values as they lie in the cache: for so few rows that packing them would not pay.
+template <typename Math, typename T>
+struct Unpacked {
+  TileRows<T> values;
+  int num_keys;
+  int head_size;
+  Ahead* ahead;
+
+  template <int kColumns>
+  void load_row(int word, int column, Vec (&row)[kColumns]) const {
+    ahead->fetch<kColumns>();
+    const T* rows[Math::kDepth];
+    const int first = column * kLanes;
+    for (int i = 0; i < Math::kDepth; ++i) {
+      const int key = word * Math::kDepth + i;
+      rows[i] = key < num_keys ? values.row(key) : nullptr;
+    }
+    Math::load_values(rows, first, head_size, row);
+  }
+};
+
 // c = rescale * c + a b, or a b where rescale is null.
-template <typename Math>
+template <typename Math, typename Right>
 struct Product {
   const typename Math::Element* a;  // [num_rows, num_words words]
   int64_t a_stride;
-  const float* b;  // [num_words, num_columns vectors]
-  int64_t b_stride;
+  Right b;
   const float* rescale;  // [num_rows]
   float* c;              // [num_rows, num_columns vectors]
   int64_t c_stride;
@@ -92,10 +185,9 @@ struct Product {
 
 // Every element of c is one chain of sums in the order of the words, whatever the block: a row's
 // result does not depend on the rows beside it.
-template <int kRows, int kColumns, typename Math>
-inline void multiply_block(const Product<Math>& p, int row, int column) {
+template <int kRows, int kColumns, typename Math, typename Right>
+inline void multiply_block(const Product<Math, Right>& p, int row, int column) {
   const auto* const a = p.a + row * p.a_stride;
-  const float* b = p.b + column * kLanes;
   float* const c = p.c + row * p.c_stride + column * kLanes;
   Vec sum[kRows][kColumns];
   for (int i = 0; i < kRows; ++i) {
@@ -105,9 +197,9 @@ inline void multiply_block(const Product<Math>& p, int row, int column) {
                       : mul(broadcast(p.rescale[row + i]), load(c + i * p.c_stride + j * kLanes));
     }
   }
-  for (int word = 0; word < p.num_words; ++word, b += p.b_stride) {
+  for (int word = 0; word < p.num_words; ++word) {
     Vec right[kColumns];
-    for (int j = 0; j < kColumns; ++j) right[j] = load(b + j * kLanes);
+    p.b.load_row(word, column, right);
     for (int i = 0; i < kRows; ++i) {
       const Vec left = Math::broadcast_word(a + i * p.a_stride + word * Math::kDepth);
       for (int j = 0; j < kColumns; ++j) {
@@ -120,8 +212,8 @@ inline void multiply_block(const Product<Math>& p, int row, int column) {
   }
 }
 
-template <int kRows, int kColumns, typename Math>
-void multiply_columns(const Product<Math>& p, int row, int column) {
+template <int kRows, int kColumns, typename Math, typename Right>
+void multiply_columns(const Product<Math, Right>& p, int row, int column) {
   for (; p.num_columns - column >= kColumns; column += kColumns) {
     multiply_block<kRows, kColumns>(p, row, column);
   }
@@ -129,8 +221,8 @@ void multiply_columns(const Product<Math>& p, int row, int column) {
 }
 
 // In blocks of kRows, what is left in smaller ones.
-template <int kRows = kBlockRows, typename Math>
-void multiply(const Product<Math>& p, int row = 0) {
+template <int kRows = kBlockRows, typename Math, typename Right>
+void multiply(const Product<Math, Right>& p, int row = 0) {
   for (; p.num_rows - row >= kRows; row += kRows) {
     multiply_columns<kRows, kBlockColumns>(p, row, 0);
   }

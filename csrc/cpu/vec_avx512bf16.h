@@ -27,20 +27,29 @@ struct BFloat16Math {
     std::memcpy(p, &rounded, sizeof rounded);
   }
 
-  static void pack_values(const BFloat16* const (&rows)[2], int count, float* packed) {
-    const __m512i even = load_elements(rows[0], count), odd = load_elements(rows[1], count);
+  // Words of the same columns of two rows.
+  template <int kCount>
+  static void load_values(const BFloat16* const (&rows)[2], int first, int head_size,
+                          Vec (&row)[kCount]) {
     // Word i of the indices takes column i of the even row and, counted from 32, of the odd one.
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i odd_lane = _mm512_add_epi32(lane, _mm512_set1_epi32(32));
     const __m512i low = _mm512_or_si512(lane, _mm512_slli_epi32(odd_lane, 16));
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    _mm512_storeu_si512(packed, _mm512_permutex2var_epi16(even, low, odd));
-    _mm512_storeu_si512(packed + kLanes, _mm512_permutex2var_epi16(even, high, odd));
+    for (int i = 0; i < kCount; i += 2) {
+      const int column = first + i * kLanes, count = head_size - column;
+      const __m512i even =
+          rows[0] == nullptr ? _mm512_setzero_si512() : load_elements(rows[0] + column, count);
+      const __m512i odd =
+          rows[1] == nullptr ? _mm512_setzero_si512() : load_elements(rows[1] + column, count);
+      row[i] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(even, low, odd));
+      if (i + 1 < kCount)
+        row[i + 1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(even, high, odd));
+    }
   }
 
  private:
   static __m512i load_elements(const BFloat16* p, int count) {
-    if (p == nullptr) return _mm512_setzero_si512();
     return _mm512_maskz_loadu_epi16(count >= kColumns ? ~0u : (1u << count) - 1, p);
   }
 };
