@@ -74,21 +74,20 @@ class Inputs:
         )
 
     def to(self, device: torch.device | str) -> Inputs:
-        def move(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            # Strides, and the holes between them, travel too.
-            storage = torch.as_strided(
-                value, (value.untyped_storage().size() // value.element_size(),), (1,), 0
-            )
-            return storage.to(device).as_strided(
-                value.shape, value.stride(), value.storage_offset()
-            )
+        def moved(value: Any) -> Any:
+            return move(value, device) if isinstance(value, Tensor) else value
 
         return Inputs(
-            *(move(value) for value in self.args),
-            {name: move(value) for name, value in self.options.items()},
+            *(moved(value) for value in self.args),
+            {name: moved(value) for name, value in self.options.items()},
         )
+
+
+def move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on a device with the same strides, and the same in the holes between them."""
+    count = tensor.untyped_storage().size() // tensor.element_size()
+    storage = tensor.as_strided((count,), (1,), 0).clone().to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def new_cache(

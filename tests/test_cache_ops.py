@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import LAYOUTS, Case, make_inputs, new_cache
+from cases import LAYOUTS, Case, make_inputs, move, new_cache
 from conftest import assert_accurate
 from torch import Tensor
 
@@ -45,24 +45,17 @@ def test_write_kv(layout, dtype, cache_dtype, shape, device):
     slots = torch.randperm(6 * block_size)[: 5 * block_size]
     slots[::3] = -1
     key, value = make_kv(len(slots), heads, head_size, dtype)
-    written = cache.to(device) if layout != "slice" else make_slice_on(cache, device)
+    written = move(cache, device)
     reference.write_kv(key, value, cache, slots)
     ops.write_kv(key.to(device), value.to(device), written, slots.to(device))
     assert same_bits(written, cache)
-
-
-def make_slice_on(cache: Tensor, device: torch.device) -> Tensor:
-    storage = cache._base.to(device) if cache._base is not None else cache.to(device)
-    return storage.as_strided(cache.shape, cache.stride(), cache.storage_offset()).clone(
-        memory_format=torch.preserve_format
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 4])
 def test_write_kv_float8_scales(dtype, count, device):
     cache = new_cache("block_kv", 4, 16, 4, 64, FLOAT8)
-    written = cache.to(device)
+    written = move(cache, device)
     key, value = make_kv(20, 4, 64, dtype)
     slots = torch.arange(20)
     scales = {"k_scale": torch.rand(count) + 0.1, "v_scale": torch.rand(count) + 0.1}
@@ -112,7 +105,7 @@ def test_write_kv_of_nothing(device):
 @pytest.mark.parametrize("num_tokens", [1, 2, 700])
 def test_write_kv_touches_nothing_else(num_tokens, device):
     """Many rows, so that the work is split, and no byte outside of the slots changes."""
-    cache = new_cache("slice", 50, 16, 3, 40, torch.float32).to(device)
+    cache = move(new_cache("slice", 50, 16, 3, 40, torch.float32), device)
     before = cache.clone()
     slots = torch.randperm(800)[:num_tokens]
     key, value = make_kv(num_tokens, 3, 40, torch.float32)
@@ -130,7 +123,7 @@ def test_write_kv_touches_nothing_else(num_tokens, device):
 def test_copy_blocks(layout, dtype, shape, device):
     cache = new_cache(layout, 9, *shape, dtype)
     cache.copy_(torch.randn(cache.shape).to(dtype))
-    copied = cache.clone(memory_format=torch.preserve_format).to(device)
+    copied = move(cache, device)
     pairs = torch.tensor([[3, 0], [3, 8], [1, 2]])
     reference.copy_blocks(cache, pairs)
     ops.copy_blocks(copied, pairs.to(device))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import move
 from torch import Tensor
 
 from paged_ops import ops
@@ -294,7 +295,8 @@ def refused(op: str, arguments: Arguments, name: str, message: str) -> None:
 def malformed(op: str, name: str, change: Change, device: torch.device) -> Arguments:
     arguments = RIGHT[op](device)
     changed = change(arguments.get(name))
-    arguments[name] = changed.to(device) if isinstance(changed, Tensor) else changed
+    # Strides are what some of them are about.
+    arguments[name] = move(changed, device) if isinstance(changed, Tensor) else changed
     return arguments
 
 
@@ -333,7 +335,7 @@ def test_bad_value(op, name, change, message):
 def test_malformed_scale(op, name, scale, message, device):
     arguments = RIGHT[op](device)
     arguments["kv_cache"] = arguments["kv_cache"].to(FLOAT8)
-    refused(op, {**arguments, name: scale.to(device)}, name, message)
+    refused(op, {**arguments, name: move(scale, device)}, name, message)
 
 
 @pytest.mark.parametrize("head_size", [0, 257])
