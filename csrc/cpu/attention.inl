@@ -121,13 +121,13 @@ void locate(const AttentionParams& params, const Unit& unit, int64_t first_key, 
   }
 }
 
-// The part of a tile that a row sees, counted from the tile's first key.
-KeyRange seen_in_tile(const AttentionParams& params, const Unit& unit, int64_t first_key,
-                      int num_keys, int64_t row) {
-  const int64_t position = unit.first_position + row / params.group_size();
-  KeyRange seen = visible_keys(params, unit.seq_len, position);
-  seen.begin = seen.begin - first_key > 0 ? seen.begin - first_key : 0;
-  seen.end = seen.end - first_key < num_keys ? seen.end - first_key : num_keys;
+// The part of a tile that a token sees, counted from the tile's first key.
+template <typename T>
+KeyRange seen_in_tile(const AttentionParams& params, const Unit& unit, const Tile<T>& tile,
+                      int64_t token) {
+  KeyRange seen = visible_keys(params, unit.seq_len, unit.first_position + token);
+  seen.begin = seen.begin - tile.first_key > 0 ? seen.begin - tile.first_key : 0;
+  seen.end = seen.end - tile.first_key < tile.num_keys ? seen.end - tile.first_key : tile.num_keys;
   return seen;
 }
 
@@ -141,17 +141,19 @@ bool softmax_rows(const AttentionParams& params, const Unit& unit, const Tile<T>
   const int num_vectors = (tile.num_keys + kLanes - 1) / kLanes;
   const int64_t first_seen = unit.keys.begin - tile.first_key;
   bool all_seen = true;
-  Row row{};
-  for (int64_t i = 0; i < space.num_rows; ++i) {
-    row.seen = seen_in_tile(params, unit, tile.first_key, tile.num_keys, i);
-    row.query_distance = unit.first_position + i / group_size - tile.first_key;
-    if (params.alibi_slopes != nullptr) {
-      row.slope = params.alibi_slopes[head * group_size + i % group_size] * kLog2E;
-    }
+  int64_t i = 0;
+  for (int64_t token = 0; token < unit.num_tokens; ++token) {
+    Row row{seen_in_tile(params, unit, tile, token), 0.0f,
+            unit.first_position + token - tile.first_key};
     all_seen = all_seen && row.seen.begin <= (first_seen > 0 ? first_seen : 0) &&
                row.seen.end == tile.num_keys;
-    space.rescale[i] = softmax_row<Math>(scoring, row, space.scores + i * kTileKeys, num_vectors,
-                                         space.weights + i * kTileKeys, running[i]);
+    for (int64_t member = 0; member < group_size; ++member, ++i) {
+      if (params.alibi_slopes != nullptr) {
+        row.slope = params.alibi_slopes[head * group_size + member] * kLog2E;
+      }
+      space.rescale[i] = softmax_row<Math>(scoring, row, space.scores + i * kTileKeys, num_vectors,
+                                           space.weights + i * kTileKeys, running[i]);
+    }
   }
   return all_seen;
 }
@@ -172,20 +174,20 @@ bool all_finite(Product<Math, Packed> product, int head_size) {
   return true;
 }
 
-// out = rescale * out + weights x values.
+// out = rescale * out + weights x values, values packed first.
 template <typename Math, typename T>
 void add_values(const AttentionParams& params, const Unit& unit, const Tile<T>& tile,
-                TileRows<T> values, bool all_seen, Product<Math, Packed> product) {
-  const KeyRange all{0, tile.num_keys};
-  float* const packed = const_cast<float*>(product.b.data);
-  pack_values<Math>(values, all, tile.num_keys, params.head_size, packed);
-  if (all_seen || all_finite(product, params.head_size)) return multiply(product);
+                int64_t head_offset, bool all_seen, float* packed, Product<Math, Packed> product) {
+  const int num_keys = tile.num_keys, head_size = params.head_size;
+  pack_values<Math>(HeadRows<T>(tile.values, head_offset, {0, num_keys}), num_keys, head_size,
+                    packed);
+  if (all_seen || all_finite(product, head_size)) return multiply(product);
   // Some row does not see a value that is not finite, and its weight 0 would not keep it out.
   const int num_rows = product.num_rows;
   product.num_rows = 1;
   for (int i = 0; i < num_rows; ++i) {
-    const KeyRange seen = seen_in_tile(params, unit, tile.first_key, tile.num_keys, i);
-    pack_values<Math>(values, seen, tile.num_keys, params.head_size, packed);
+    const KeyRange seen = seen_in_tile(params, unit, tile, i / params.group_size());
+    pack_values<Math>(HeadRows<T>(tile.values, head_offset, seen), num_keys, head_size, packed);
     multiply(product);
     product.a += product.a_stride;
     product.c += product.c_stride;
@@ -197,10 +199,10 @@ template <typename Math, typename T>
 void attend_tile(const AttentionParams& params, const Unit& unit, const Tile<T>& tile,
                  int64_t kv_head, const Workspace<typename Math::Element>& space, Ahead& ahead) {
   const int64_t head = unit.first_kv_head + kv_head, first_row = kv_head * space.num_rows;
-  const TileRows<T> keys{tile.keys, head * params.key_cache.stride_head};
-  const TileRows<T> values{tile.values, head * params.value_cache.stride_head};
   const int num_rows = static_cast<int>(space.num_rows);
+  const KeyRange all{0, tile.num_keys};
 
+  const HeadRows<T> keys(tile.keys, head * params.key_cache.stride_head, all);
   pack_keys<Math>(keys, tile.num_keys, params.head_size, space.packed, ahead);
   multiply(Product<Math, PackedAhead>{space.query + first_row * space.query_stride,
                                       space.query_stride,
@@ -209,11 +211,13 @@ void attend_tile(const AttentionParams& params, const Unit& unit, const Tile<T>&
                                       space.scores,
                                       kTileKeys,
                                       num_rows,
-                                      (params.head_size + Math::kDepth - 1) / Math::kDepth,
-                                      (tile.num_keys + kLanes - 1) / kLanes});
+                                      divide_up(params.head_size, Math::kDepth),
+                                      divide_up(tile.num_keys, kLanes)});
   const bool all_seen =
       softmax_rows<Math>(params, unit, tile, kv_head, space, space.running + first_row);
-  const auto weighted_sum = [&](auto right) {
+
+  const int64_t offset = head * params.value_cache.stride_head;
+  const auto sum_of = [&](auto right) {
     return Product<Math, decltype(right)>{space.weights,
                                           kTileKeys,
                                           right,
@@ -221,14 +225,15 @@ void attend_tile(const AttentionParams& params, const Unit& unit, const Tile<T>&
                                           space.out + first_row * space.out_stride,
                                           space.out_stride,
                                           num_rows,
-                                          (tile.num_keys + Math::kDepth - 1) / Math::kDepth,
-                                          (params.head_size + kLanes - 1) / kLanes};
+                                          divide_up(tile.num_keys, Math::kDepth),
+                                          divide_up(params.head_size, kLanes)};
   };
   if (all_seen && num_rows <= 2 * kBlockRows) {
-    multiply(weighted_sum(Unpacked<Math, T>{values, tile.num_keys, params.head_size, &ahead}));
+    const HeadRows<T> values(tile.values, offset, all);
+    multiply(sum_of(Unpacked<Math, T>{values.row, params.head_size, &ahead}));
   } else {
-    add_values(params, unit, tile, values, all_seen,
-               weighted_sum(Packed{space.packed, space.out_stride}));
+    add_values(params, unit, tile, offset, all_seen, space.packed,
+               sum_of(Packed{space.packed, space.out_stride}));
   }
 }
 

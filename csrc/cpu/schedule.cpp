@@ -11,7 +11,7 @@ constexpr int64_t kTileRows = 128;        // K and V are repacked once for this 
 constexpr int64_t kFewRows = 32;          // up to here reading the cache costs more than arithmetic
 constexpr int64_t kStateBytes = 1 << 19;  // accumulators that stay in a second-level cache
 constexpr int64_t kKvBytes = 1 << 17;     // K and V of one tile, likewise; the next is prefetched
-constexpr int64_t kSplitKeys = 256;       // few rows: about a megabyte of cache
+constexpr int64_t kSplitKeys = 512;       // few rows: about two megabytes of cache
 constexpr int64_t kSplitKeysManyRows = 2048;
 constexpr int64_t kMaxSplits = 64;            // bounds the memory of the partial results
 constexpr int64_t kThreadElements = 1 << 15;  // elements of K and V that pay for waking a thread
@@ -56,13 +56,6 @@ void choose_splits(Cut& cut, bool few_rows) {
 }
 
 }  // namespace
-
-KeyRange visible_keys(const AttentionParams& params, int64_t seq_len, int64_t position) {
-  if (position < 0) return {0, 0};
-  const int64_t begin = params.window < 0 ? 0 : std::max<int64_t>(position - params.window + 1, 0);
-  const int64_t end = params.causal ? std::min(position + 1, seq_len) : seq_len;
-  return {std::min(begin, end), end};
-}
 
 Cut cut_sequence(const AttentionParams& params, int64_t seq) {
   Cut cut{};

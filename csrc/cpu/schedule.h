@@ -19,6 +19,8 @@ namespace paged_ops::cpu {
 // Keys are visited in tiles of at most this many; tiles and splits start at multiples of it.
 constexpr int kTileKeys = 64;
 
+constexpr int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -31,7 +33,13 @@ struct KeyRange {
   int64_t begin;
   int64_t end;
 };
-KeyRange visible_keys(const AttentionParams& params, int64_t seq_len, int64_t position);
+inline KeyRange visible_keys(const AttentionParams& params, int64_t seq_len, int64_t position) {
+  if (position < 0) return {0, 0};
+  const int64_t oldest = params.window < 0 ? 0 : position - params.window + 1;
+  const int64_t begin = oldest > 0 ? oldest : 0;
+  const int64_t end = params.causal && position + 1 < seq_len ? position + 1 : seq_len;
+  return {begin < end ? begin : end, end};
+}
 
 // How one sequence is cut.
 struct Cut {

@@ -26,10 +26,10 @@ struct Float32Math {
   }
   static void store_weights(float* p, Vec x) { store(p, x); }
   template <typename T, int kCount>
-  static void load_values(const T* const (&rows)[1], int first, int head_size, Vec (&row)[kCount]) {
+  static void load_values(const T* const* rows, int first, int head_size, Vec (&row)[kCount]) {
     for (int i = 0; i < kCount; ++i) {
       const int column = first + i * kLanes;
-      row[i] = rows[0] == nullptr ? zero() : load(rows[0] + column, head_size - column);
+      row[i] = load(rows[0] + column, head_size - column);
     }
   }
 };
@@ -76,27 +76,33 @@ struct Ahead {
   }
 };
 
-// Rows of keys or values, one for each key of a tile: rows[key] + offset. Where rows[key] is null,
-// the key counts as zeros: its memory may hold anything.
-template <typename T>
-struct TileRows {
-  const T* const* rows;
-  int64_t offset;
+alignas(64) constexpr unsigned char kZeroRow[kMaxHeadSize * sizeof(float)] = {};
 
-  const T* row(int key) const { return rows[key] == nullptr ? nullptr : rows[key] + offset; }
+// One head's keys or values of a tile, a row each. Keys that do not count are a row of zeros: their
+// own memory may hold anything.
+template <typename T>
+struct HeadRows {
+  const T* row[kTileKeys];
+
+  // Of rows given for head 0, null where there is none, those in `range`.
+  HeadRows(const T* const* rows, int64_t head_offset, KeyRange range) {
+    for (int key = 0; key < kTileKeys; ++key) {
+      const bool counts = range.begin <= key && key < range.end && rows[key] != nullptr;
+      row[key] = counts ? rows[key] + head_offset : reinterpret_cast<const T*>(kZeroRow);
+    }
+  }
 };
 
 // packed[word, key] for num_keys keys, rounded up to whole vectors.
 template <typename Math, typename T>
-void pack_keys(TileRows<T> keys, int num_keys, int head_size, float* packed, Ahead& ahead) {
+void pack_keys(const HeadRows<T>& keys, int num_keys, int head_size, float* packed, Ahead& ahead) {
   for (int key = 0; key < num_keys; key += kLanes) {
     for (int first = 0; first < head_size; first += kLanes * Math::kDepth) {
       Vec square[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        const T* const row = key + i < num_keys ? keys.row(key + i) : nullptr;
-        square[i] = row == nullptr ? zero() : Math::load_words(row + first, head_size - first);
+        square[i] = Math::load_words(keys.row[key + i] + first, head_size - first);
       }
-      ahead.fetch<8>();
+      ahead.fetch<4>();
       transpose(square);
       float* const corner = packed + first / Math::kDepth * kTileKeys + key;
       for (int i = 0; i < kLanes; ++i) store(corner + i * kTileKeys, square[i]);
@@ -104,21 +110,16 @@ void pack_keys(TileRows<T> keys, int num_keys, int head_size, float* packed, Ahe
   }
 }
 
-// packed[word, column], a word holding kDepth consecutive keys. Keys outside `range` count as
-// zeros.
+// packed[word, column], a word holding kDepth consecutive keys.
 template <typename Math, typename T>
-void pack_values(TileRows<T> values, KeyRange range, int num_keys, int head_size, float* packed) {
+void pack_values(const HeadRows<T>& values, int num_keys, int head_size, float* packed) {
+  constexpr int kVectors = Math::kColumns / kLanes;
   const int64_t width = padded_head_size(head_size);
   for (int key = 0; key < num_keys; key += Math::kDepth, packed += width) {
-    const T* rows[Math::kDepth];
-    for (int i = 0; i < Math::kDepth; ++i) {
-      rows[i] = range.begin <= key + i && key + i < range.end ? values.row(key + i) : nullptr;
-    }
     for (int column = 0; column < head_size; column += Math::kColumns) {
-      Vec words[Math::kColumns / kLanes];
-      Math::load_values(rows, column, head_size, words);
-      for (int i = 0; i < Math::kColumns / kLanes; ++i)
-        store(packed + column + i * kLanes, words[i]);
+      Vec words[kVectors];
+      Math::load_values(&values.row[key], column, head_size, words);
+      for (int i = 0; i < kVectors; ++i) store(packed + column + i * kLanes, words[i]);
     }
   }
 }
@@ -143,7 +144,7 @@ struct PackedAhead {
 
   template <int kColumns>
   void load_row(int word, int column, Vec (&row)[kColumns]) const {
-    ahead->fetch<2>();
+    ahead->fetch<3>();
     packed.load_row(word, column, row);
   }
 };
@@ -151,21 +152,14 @@ struct PackedAhead {
 // Values as they lie in the cache: for so few rows that packing them would not pay.
 template <typename Math, typename T>
 struct Unpacked {
-  TileRows<T> values;
-  int num_keys;
+  const T* const* values;  // [num_words * kDepth]
   int head_size;
   Ahead* ahead;
 
   template <int kColumns>
   void load_row(int word, int column, Vec (&row)[kColumns]) const {
     ahead->fetch<kColumns>();
-    const T* rows[Math::kDepth];
-    const int first = column * kLanes;
-    for (int i = 0; i < Math::kDepth; ++i) {
-      const int key = word * Math::kDepth + i;
-      rows[i] = key < num_keys ? values.row(key) : nullptr;
-    }
-    Math::load_values(rows, first, head_size, row);
+    Math::load_values(values + word * Math::kDepth, column * kLanes, head_size, row);
   }
 };
 
@@ -188,6 +182,9 @@ struct Product {
 template <int kRows, int kColumns, typename Math, typename Right>
 inline void multiply_block(const Product<Math, Right>& p, int row, int column) {
   const auto* const a = p.a + row * p.a_stride;
+  const Right b = p.b;
+  const int num_words = p.num_words;
+  const int64_t a_stride = p.a_stride;
   float* const c = p.c + row * p.c_stride + column * kLanes;
   Vec sum[kRows][kColumns];
   for (int i = 0; i < kRows; ++i) {
@@ -197,11 +194,11 @@ inline void multiply_block(const Product<Math, Right>& p, int row, int column) {
                       : mul(broadcast(p.rescale[row + i]), load(c + i * p.c_stride + j * kLanes));
     }
   }
-  for (int word = 0; word < p.num_words; ++word) {
+  for (int word = 0; word < num_words; ++word) {
     Vec right[kColumns];
-    p.b.load_row(word, column, right);
+    b.load_row(word, column, right);
     for (int i = 0; i < kRows; ++i) {
-      const Vec left = Math::broadcast_word(a + i * p.a_stride + word * Math::kDepth);
+      const Vec left = Math::broadcast_word(a + i * a_stride + word * Math::kDepth);
       for (int j = 0; j < kColumns; ++j) {
         sum[i][j] = Math::multiply_add_words(left, right[j], sum[i][j]);
       }

@@ -41,13 +41,24 @@ inline Vec load(const T* p, int count) {
   std::memcpy(lanes, p, sizeof(T) * count);
   return to_vec(lanes);
 }
+inline void from_vec(float* p, Vec x) { store(p, x); }
+inline void from_vec(Float16* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+template <typename T>
+inline void from_vec(T* p, Vec x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(lanes[i]);
+}
+
 template <typename T>
 inline void store(T* p, Vec x, int count) {
-  float lanes[kLanes];
-  T converted[kLanes];
-  store(lanes, x);
-  for (int i = 0; i < kLanes; ++i) converted[i] = from_float<T>(lanes[i]);
-  std::memcpy(p, converted, sizeof(T) * (count < kLanes ? count : kLanes));
+  if (count >= kLanes) return from_vec(p, x);
+  T lanes[kLanes];
+  from_vec(lanes, x);
+  std::memcpy(p, lanes, sizeof(T) * count);
 }
 
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }

@@ -43,6 +43,16 @@ inline void store(Float16* p, Vec x, int count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count),
                            _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+inline void store(BFloat16* p, Vec x, int count) {
+  const __m512i bits = _mm512_castps_si512(x), truncated = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(truncated, _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __m512i nan = _mm512_or_si512(truncated, _mm512_set1_epi32(0x40));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  _mm512_mask_cvtepi32_storeu_epi16(p, first_lanes(count),
+                                    _mm512_mask_mov_epi32(rounded, is_nan, nan));
+}
 template <typename T>
 inline void store(T* p, Vec x, int count) {
   alignas(64) float lanes[kLanes];

@@ -29,7 +29,7 @@ struct BFloat16Math {
 
   // Words of the same columns of two rows.
   template <int kCount>
-  static void load_values(const BFloat16* const (&rows)[2], int first, int head_size,
+  static void load_values(const BFloat16* const* rows, int first, int head_size,
                           Vec (&row)[kCount]) {
     // Word i of the indices takes column i of the even row and, counted from 32, of the odd one.
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -37,14 +37,12 @@ struct BFloat16Math {
     const __m512i low = _mm512_or_si512(lane, _mm512_slli_epi32(odd_lane, 16));
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int i = 0; i < kCount; i += 2) {
-      const int column = first + i * kLanes, count = head_size - column;
-      const __m512i even =
-          rows[0] == nullptr ? _mm512_setzero_si512() : load_elements(rows[0] + column, count);
-      const __m512i odd =
-          rows[1] == nullptr ? _mm512_setzero_si512() : load_elements(rows[1] + column, count);
+      const int column = first + i * kLanes;
+      const __m512i even = load_elements(rows[0] + column, head_size - column);
+      const __m512i odd = load_elements(rows[1] + column, head_size - column);
       row[i] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(even, low, odd));
-      if (i + 1 < kCount)
-        row[i + 1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(even, high, odd));
+      if (i + 1 == kCount) break;
+      row[i + 1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(even, high, odd));
     }
   }
 
