@@ -1,6 +1,8 @@
 #include "checks.h"
 
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <string>
 
 namespace paged_ops {
@@ -125,6 +127,15 @@ void check_batch(const Checker& check, const Tensor& block_table, const char* le
   }
 }
 
+// Read once: a captured graph and the calls beside it should not differ.
+bool batch_invariant_by_default() {
+  static const bool on = [] {
+    const char* const wish = std::getenv("PAGED_OPS_BATCH_INVARIANT");
+    return wish != nullptr && std::strcmp(wish, "1") == 0;
+  }();
+  return on;
+}
+
 AttentionParams make_params(const char* op, const char* lens_name, const Tensor& query,
                             const Tensor& block_table, const Tensor& lens,
                             const OptionalTensor& query_start_loc, const Sizes& sizes) {
@@ -151,6 +162,7 @@ AttentionParams make_params(const char* op, const char* lens_name, const Tensor&
   params.scale = 1.0f / std::sqrt(static_cast<float>(params.head_size));
   params.window = -1;
   params.causal = true;
+  params.batch_invariant = batch_invariant_by_default();
   params.query_dtype = to_dtype(query.scalar_type());
   return params;
 }
@@ -186,6 +198,7 @@ AttentionParams check_attention(const char* op, const Tensor& query, const Tenso
   params.causal = options.causal;
   params.window = options.window;
   params.softcap = static_cast<float>(options.softcap);
+  params.batch_invariant = params.batch_invariant || options.batch_invariant;
   params.alibi_slopes =
       check_per_head(check, "alibi_slopes", options.alibi_slopes, sizes.num_heads);
   params.sinks = check_per_head(check, "sinks", options.sinks, sizes.num_heads);

@@ -17,6 +17,7 @@ struct AttentionOptions {
   const OptionalTensor& sinks;
   const OptionalTensor& k_scale;
   const OptionalTensor& v_scale;
+  bool batch_invariant;
 };
 
 // The result has neither out nor lse yet: see set_out and set_lse.

@@ -32,6 +32,14 @@ inline const char* name_of(DType dtype) {
 
 inline std::string name_of(int value) { return std::to_string(value); }
 
+// The smallest value of an ascending list that is at least `value`; 0 if there is none.
+template <typename T, T... kValues>
+T built_for(Built<kValues...>, T value) {
+  T chosen = 0;
+  ((chosen == 0 && value <= kValues ? chosen = kValues : 0), ...);
+  return chosen;
+}
+
 // Calls run(std::integral_constant<T, value>()) for the listed value that equals `value`; the error
 // for a value that is not listed names it and the list.
 template <typename T, T... kValues, typename Run>

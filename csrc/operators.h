@@ -20,10 +20,11 @@ Tensor attention(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
                  const Tensor& seq_lens, const OptionalTensor& query_start_loc,
                  const std::optional<double>& scale, bool causal, int64_t window, double softcap,
                  const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-                 const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-  AttentionParams params =
-      check_attention("attention", query, kv_cache, block_table, seq_lens, query_start_loc,
-                      {scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale});
+                 const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                 bool batch_invariant) {
+  AttentionParams params = check_attention(
+      "attention", query, kv_cache, block_table, seq_lens, query_start_loc,
+      {scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale, batch_invariant});
   const Tensor out = torch::stable::new_empty(query, query.sizes());
   set_out(params, out);
   Backend::run(params, query);
@@ -35,10 +36,10 @@ std::tuple<Tensor, Tensor> attention_lse(
     const Tensor& query, const Tensor& kv_cache, const Tensor& block_table, const Tensor& seq_lens,
     const OptionalTensor& query_start_loc, const std::optional<double>& scale, bool causal,
     int64_t window, double softcap, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-    const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-  AttentionParams params =
-      check_attention("attention_lse", query, kv_cache, block_table, seq_lens, query_start_loc,
-                      {scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale});
+    const OptionalTensor& k_scale, const OptionalTensor& v_scale, bool batch_invariant) {
+  AttentionParams params = check_attention(
+      "attention_lse", query, kv_cache, block_table, seq_lens, query_start_loc,
+      {scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale, batch_invariant});
   const Tensor out = torch::stable::new_empty(query, query.sizes());
   const Tensor lse = new_lse(query);
   set_out(params, out);
@@ -53,10 +54,10 @@ void attention_out(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                    const std::optional<double>& scale, bool causal, int64_t window, double softcap,
                    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                    const OptionalTensor& k_scale, const OptionalTensor& v_scale,
-                   const Tensor& out) {
-  AttentionParams params =
-      check_attention("attention_out", query, kv_cache, block_table, seq_lens, query_start_loc,
-                      {scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale});
+                   bool batch_invariant, const Tensor& out) {
+  AttentionParams params = check_attention(
+      "attention_out", query, kv_cache, block_table, seq_lens, query_start_loc,
+      {scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale, batch_invariant});
   check_out("attention_out", out, query, {{"query", &query}, {"kv_cache", &kv_cache}});
   set_out(params, out);
   Backend::run(params, query);

@@ -10,17 +10,17 @@ STABLE_TORCH_LIBRARY(paged, m) {
       "attention(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor? query_start_loc=None, *, float? scale=None, bool causal=True, SymInt window=-1, "
       "float softcap=0., Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, "
-      "Tensor? v_scale=None) -> Tensor");
+      "Tensor? v_scale=None, bool batch_invariant=False) -> Tensor");
   m.def(
       "attention_lse(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor? query_start_loc=None, *, float? scale=None, bool causal=True, SymInt window=-1, "
       "float softcap=0., Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, "
-      "Tensor? v_scale=None) -> (Tensor out, Tensor lse)");
+      "Tensor? v_scale=None, bool batch_invariant=False) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_out(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
       "Tensor? query_start_loc=None, *, float? scale=None, bool causal=True, SymInt window=-1, "
       "float softcap=0., Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, "
-      "Tensor? v_scale=None, Tensor(a!) out) -> ()");
+      "Tensor? v_scale=None, bool batch_invariant=False, Tensor(a!) out) -> ()");
   m.def(
       "write_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, *, "
       "Tensor? k_scale=None, Tensor? v_scale=None) -> ()");

@@ -60,6 +60,7 @@ struct AttentionParams {
   float softcap;   // 0: none
   int64_t window;  // keys a query sees, its own included; -1: all
   bool causal;
+  bool batch_invariant;  // a sequence's result must not depend on the rest of the batch
 
   DType query_dtype;
   DType cache_dtype;

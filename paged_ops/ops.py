@@ -75,6 +75,7 @@ def attention(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Attention of new tokens over the cached keys and values of their sequences.
 
@@ -113,6 +114,10 @@ def attention(
         k_scale: float32 ``[1]`` or ``[num_kv_heads]``: what a float8 key is multiplied by; 1 by
             default.
         v_scale: the same for values.
+        batch_invariant: whether the result of a sequence must be the same, to the bit, whatever
+            else is in the batch. Always so on the CPU; on a GPU sequences are then cut into parts
+            by their own length, not evenly over the batch, which costs some speed. The environment
+            variable ``PAGED_OPS_BATCH_INVARIANT=1``, read at the first call, makes it the default.
 
     Returns:
         ``[num_tokens, num_heads, head_size]``, contiguous, of the dtype of ``query``.
@@ -142,6 +147,7 @@ def attention(
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -160,6 +166,7 @@ def attention_lse(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``attention`` that also returns the log-sum-exp of the scores, for ``merge_states``.
 
@@ -177,6 +184,7 @@ def attention_lse(
         sinks: see ``attention``; part of the log-sum-exp.
         k_scale: see ``attention``.
         v_scale: see ``attention``.
+        batch_invariant: see ``attention``.
 
     Returns:
         ``out`` as ``attention`` returns it, and ``lse``: float32 ``[num_tokens, num_heads]``, the
@@ -208,6 +216,7 @@ def attention_lse(
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -227,6 +236,7 @@ def attention_out(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> None:
     """``attention`` into a tensor of the caller's.
 
@@ -247,6 +257,7 @@ def attention_out(
         sinks: see ``attention``.
         k_scale: see ``attention``.
         v_scale: see ``attention``.
+        batch_invariant: see ``attention``.
 
     Raises:
         RuntimeError: a malformed argument, or one that requires grad in grad mode.
@@ -274,6 +285,7 @@ def attention_out(
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
+        batch_invariant=batch_invariant,
         out=out,
     )
 

@@ -18,7 +18,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-KERNELS = ["attention", "cache", "merge", "value_checks"]
+HOST_ONLY = {"register", "device"}  # take a stream or a device
 SELECTION = "cpu and (masks or dtypes or block_sizes or empty_rows or nan or random or cache_ops)"
 
 
@@ -35,11 +35,14 @@ def compile_all(commands: list[list[str]]) -> None:
 def build(folder: Path, cuda_root: str) -> None:
     """paged_ops with the emulated library in `folder`."""
     sources = Path(__file__).parent / "cuda_emulation"
-    includes = [f"-I{path}" for path in (f"{cuda_root}/include", ROOT / "csrc", *include_paths())]
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    shutil.copy(sources / "ptx.cuh", csrc / "cuda")
+    includes = [f"-I{path}" for path in (f"{cuda_root}/include", csrc, *include_paths())]
     compiler = [os.environ.get("CXX", "g++"), *FLAGS, *includes]
     commands, objects = [], []
-    kernels = [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in KERNELS]
-    hosts = [*ROOT.glob("csrc/*.cpp"), sources / "emulation.cpp", sources / "register.cpp"]
+    kernels = [path for path in csrc.glob("cuda/**/*.cu") if path.stem not in HOST_ONLY]
+    hosts = [*csrc.glob("*.cpp"), sources / "emulation.cpp", sources / "register.cpp"]
     for source in (*kernels, *hosts):
         objects.append(str(folder / f"{source.stem}.{len(objects)}.o"))
         emulated = ["-include", str(sources / "emulation.h"), "-x", "c++"]
@@ -58,7 +61,7 @@ def build(folder: Path, cuda_root: str) -> None:
 def test_operators_on_emulated_kernels(tmp_path):
     build(tmp_path, find_cuda_root())
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
-    files = ["tests/test_attention.py", "tests/test_cache_ops.py"]
+    files = [f"tests/test_{name}.py" for name in ("attention", "matrix_units", "cache_ops")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", SELECTION],
         cwd=tmp_path,

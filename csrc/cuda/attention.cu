@@ -1,32 +1,81 @@
+// Which kernel computes a call, and what it needs for that.
+#include <initializer_list>
+
 #include "../dispatch.h"
-#include "attention.cuh"
+#include "decode.h"
 #include "kernels.h"
+#include "pieces.cuh"
+#include "portable.cuh"
 
 namespace paged_ops::cuda {
 namespace {
 
 using BuiltCacheTypes =
     Built<DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat8E4M3>;
+using BuiltMatrixCacheTypes = Built<DType::kFloat16, DType::kBFloat16, DType::kFloat8E4M3>;
 
-// Elements of a head that a lane holds: head sizes up to 32, 64, ... 256.
+// Elements of a head that a lane of the portable kernel holds: head sizes up to 32, 64, ... 256.
 using BuiltElements = Built<1, 2, 3, 4, 6, 8>;
 
-// The smallest built number that holds the head.
-template <int... kElements>
-int elements_for(Built<kElements...>, int head_size) {
-  int chosen = 0;
-  ((chosen == 0 && head_size <= kElements* kWarpSize ? chosen = kElements : 0), ...);
-  return chosen;
+// Whether an address and strides (in elements) are multiples of `bytes`.
+bool aligned(const void* address, std::initializer_list<int64_t> lengths, int element_bytes,
+             int bytes) {
+  uint64_t bits = reinterpret_cast<uintptr_t>(address);
+  for (const int64_t length : lengths) bits |= static_cast<uint64_t>(length * element_bytes);
+  return bits % bytes == 0;
+}
+
+bool aligned(const CacheHalf<const void*>& half, int head_size, int element_bytes) {
+  return aligned(half.data, {half.stride_block, half.stride_slot, half.stride_head, head_size},
+                 element_bytes, 16);
+}
+
+// The matrix units take 16-bit numbers, and rows that are loaded 16 bytes at a time.
+bool fits_matrix_units(const AttentionParams& params) {
+  if (params.query_dtype == DType::kFloat32) return false;
+  const int cache_bytes = bytes_of(params.cache_dtype);
+  const int out_bytes = bytes_of(params.out_dtype);
+  return aligned(params.key_cache, params.head_size, cache_bytes) &&
+         aligned(params.value_cache, params.head_size, cache_bytes) &&
+         aligned(params.query, {params.query_stride_token, params.query_stride_head}, 2, 4) &&
+         aligned(params.out, {params.out_stride_token, params.out_stride_head}, out_bytes,
+                 2 * out_bytes);
+}
+
+void run_portable(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {
+  const int elements =
+      built_for(BuiltElements{}, static_cast<int>(ceil_div(params.head_size, kWarpSize)));
+  dispatch(BuiltCacheTypes{}, params.cache_dtype, "kv_cache dtype", [&](auto cache) {
+    dispatch(BuiltElements{}, elements, "elements per lane", [&](auto count) {
+      launch_portable<Element<cache()>, count()>(params, min_query_len, stream);
+    });
+  });
 }
 
 }  // namespace
 
-void run_attention(const AttentionParams& params, cudaStream_t stream) {
-  const int elements = elements_for(BuiltElements{}, params.head_size);
-  dispatch(BuiltCacheTypes{}, params.cache_dtype, "kv_cache dtype", [&](auto cache) {
-    dispatch(BuiltElements{}, elements, "elements per lane",
-             [&](auto count) { launch_attention<Element<cache()>, count()>(params, stream); });
-  });
+AttentionPlan plan_attention(const AttentionParams& params, const DeviceLimits& limits) {
+  AttentionPlan plan{};
+  plan.on_matrix_units = fits_matrix_units(params);
+  if (!plan.on_matrix_units) return plan;
+  dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype",
+           [&](auto cache) { plan.decode = plan_decode<Element<cache()>>(params, limits); });
+  plan.cells = num_cells(params, plan.decode);
+  plan.cell_rows = plan.decode.heads * plan.decode.rows_per_cta;
+  plan.scratch_bytes = PieceStore::bytes(plan.cells, plan.cell_rows, params.head_size);
+  return plan;
+}
+
+void run_attention(const AttentionParams& params, const AttentionPlan& plan, const Scratch& scratch,
+                   cudaStream_t stream) {
+  if (!plan.on_matrix_units) return run_portable(params, 0, stream);
+  const PieceStore store = PieceStore::over(scratch.memory, scratch.counters, plan.cells,
+                                            plan.cell_rows, params.head_size);
+  dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype",
+           [&](auto cache) { run_decode<Element<cache()>>(params, plan.decode, store, stream); });
+  const bool may_have_more =
+      params.query_start_loc != nullptr && params.num_tokens > plan.decode.max_query_len;
+  if (may_have_more) run_portable(params, plan.decode.max_query_len + 1, stream);
 }
 
 }  // namespace paged_ops::cuda

@@ -113,11 +113,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int bytes_of(DType dtype) {
-  if (dtype == DType::kFloat32) return 4;
-  return dtype == DType::kFloat8E4M3 ? 1 : 2;
-}
-
 // The same parameters, in words instead of elements.
 WriteKvParams in_words(WriteKvParams params, int element_bytes, int word) {
   for (int64_t* const length :

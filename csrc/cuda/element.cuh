@@ -33,6 +33,11 @@ struct ElementOf<DType::kFloat8E4M3> {
 template <DType kDType>
 using Element = typename ElementOf<kDType>::type;
 
+inline int bytes_of(DType dtype) {
+  if (dtype == DType::kFloat32) return 4;
+  return dtype == DType::kFloat8E4M3 ? 1 : 2;
+}
+
 // Intrinsics, not casts: torch's build turns the implicit conversions off.
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
@@ -61,6 +66,13 @@ __device__ void with_float_type(DType dtype, Run&& run) {
     default:
       return run(float());
   }
+}
+
+// The same for the types that the matrix units take.
+template <typename Run>
+__device__ void with_matrix_type(DType dtype, Run&& run) {
+  if (dtype == DType::kFloat16) return run(__half());
+  return run(__nv_bfloat16());
 }
 
 // The scale of one KV head.

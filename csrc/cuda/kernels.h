@@ -5,10 +5,29 @@
 #include <cuda_runtime_api.h>
 
 #include "../params.h"
+#include "heuristics.h"
 
 namespace paged_ops::cuda {
 
-void run_attention(const AttentionParams& params, cudaStream_t stream);
+// How an attention call is computed, and the memory that it needs meanwhile.
+struct AttentionPlan {
+  bool on_matrix_units;
+  DecodePlan decode;
+  int64_t cells;  // of the PieceStore
+  int64_t cell_rows;
+  size_t scratch_bytes;
+
+  size_t num_counters() const { return static_cast<size_t>(2 * cells); }
+};
+
+struct Scratch {
+  void* memory;        // scratch_bytes, 16-byte aligned, of any contents
+  unsigned* counters;  // num_counters, all 0; left so
+};
+
+AttentionPlan plan_attention(const AttentionParams& params, const DeviceLimits& limits);
+void run_attention(const AttentionParams& params, const AttentionPlan& plan, const Scratch& scratch,
+                   cudaStream_t stream);
 void run_write_kv(const WriteKvParams& params, cudaStream_t stream);
 void run_copy_blocks(const CopyBlocksParams& params, cudaStream_t stream);
 void run_merge_states(const MergeStatesParams& params, cudaStream_t stream);

@@ -21,10 +21,18 @@ inline constexpr int64_t kMaxGridY = 0xffff;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// An empty grid launches nothing.
+inline void require_success(const char* op, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // raised here, so not to be found again by a later check
+  throw std::runtime_error(std::string("paged::") + op +
+                           ": CUDA error: " + cudaGetErrorString(error));
+}
+
+// An empty grid launches nothing. `shared_bytes` is shared memory on top of what the kernel
+// declares.
 template <typename... Params>
-void launch(const char* op, void (*kernel)(Params...), Grid grid, int threads, cudaStream_t stream,
-            const Params&... params) {
+void launch(const char* op, void (*kernel)(Params...), Grid grid, int threads, int shared_bytes,
+            cudaStream_t stream, const Params&... params) {
   if (grid.x == 0 || grid.y == 0) return;
   if (grid.x > kMaxGridX || grid.y > kMaxGridY) {
     throw std::runtime_error(std::string("paged::") + op + ": too large for one launch, needs " +
@@ -34,11 +42,18 @@ void launch(const char* op, void (*kernel)(Params...), Grid grid, int threads, c
   config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params...);
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // raised here, so not to be found again by a later check
-  throw std::runtime_error(std::string("paged::") + op +
-                           ": CUDA error: " + cudaGetErrorString(error));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  if (shared_bytes > 0) {
+    require_success(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             shared_bytes));
+  }
+  require_success(op, cudaLaunchKernelEx(&config, kernel, params...));
+}
+
+template <typename... Params>
+void launch(const char* op, void (*kernel)(Params...), Grid grid, int threads, cudaStream_t stream,
+            const Params&... params) {
+  launch(op, kernel, grid, threads, 0, stream, params...);
 }
 
 }  // namespace paged_ops::cuda

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../operators.h"
+#include "device.h"
 #include "kernels.h"
 #include "value_checks.h"
 
@@ -36,10 +37,12 @@ cudaStream_t current_stream(int32_t device) {
 class Place {
  public:
   explicit Place(const Tensor& anchor)
-      : guard_(anchor.get_device_index()), stream_(current_stream(anchor.get_device_index())) {}
+      : device_(anchor.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
   cudaStream_t stream() const { return stream_; }
+  int device() const { return device_; }
 
  private:
+  int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
@@ -48,7 +51,13 @@ struct Cuda {
   static void run(const AttentionParams& params, const Tensor& anchor) {
     const Place place(anchor);
     check_values(params, place.stream());
-    run_attention(params, place.stream());
+    const AttentionPlan plan = plan_attention(params, device_limits(place.device()));
+    // The memory may be given back before the kernel has run: what gets it runs later on the
+    // stream.
+    const Tensor scratch = torch::stable::new_empty(
+        anchor, {static_cast<int64_t>(plan.scratch_bytes)}, ScalarType::Byte);
+    unsigned* const counters = zeroed_counters(plan.num_counters(), place.device(), place.stream());
+    run_attention(params, plan, {scratch.mutable_data_ptr(), counters}, place.stream());
   }
   static void run(const WriteKvParams& params, const Tensor& anchor) {
     const Place place(anchor);

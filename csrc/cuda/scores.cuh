@@ -6,7 +6,6 @@
 
 #include "../params.h"
 #include "element.cuh"
-#include "sequences.cuh"
 #include "softmax.cuh"
 
 namespace paged_ops::cuda {
@@ -17,11 +16,13 @@ struct KeyRange {
   int32_t end;
 };
 
-__device__ inline KeyRange visible_keys(const AttentionParams& params, const QueryRow& row) {
-  if (row.position < 0) return {0, 0};
-  const int32_t end = params.causal ? min(row.seq_len, row.position + 1) : row.seq_len;
-  const bool limited = params.window >= 0 && params.window <= row.position;
-  return {limited ? static_cast<int32_t>(row.position + 1 - params.window) : 0, end};
+// What a query at `position` sees; nothing, if it is negative.
+__device__ inline KeyRange visible_keys(const AttentionParams& params, int32_t seq_len,
+                                        int32_t position) {
+  if (position < 0) return {0, 0};
+  const int32_t end = params.causal ? min(seq_len, position + 1) : seq_len;
+  const bool limited = params.window >= 0 && params.window <= position;
+  return {limited ? static_cast<int32_t>(position + 1 - params.window) : 0, end};
 }
 
 // The logits of one query head.

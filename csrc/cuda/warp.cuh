@@ -1,6 +1,8 @@
 // What the lanes of a warp do together.
 #pragma once
 
+#include <cstdint>
+
 namespace paged_ops::cuda {
 
 inline constexpr int kWarpSize = 32;
@@ -13,5 +15,41 @@ __device__ inline float warp_sum(float x) {
   }
   return x;
 }
+
+// The sum and the maximum over the 4 lanes l / 4 * 4 and on, which share the rows of a fragment.
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
+  }
+  return x;
+}
+
+__device__ inline float warp_broadcast(float x, int from) {
+  return __shfl_sync(0xffffffffu, x, from);
+}
+
+// The sum over the lanes before this one.
+__device__ inline uint32_t warp_exclusive_sum(uint32_t x, int lane) {
+  uint32_t sum = x;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const uint32_t other = __shfl_up_sync(0xffffffffu, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  return sum - x;
+}
+
+__device__ inline bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
 }  // namespace paged_ops::cuda

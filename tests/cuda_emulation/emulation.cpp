@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <vector>
 
 dim3 threadIdx, blockIdx, gridDim, blockDim;
@@ -18,7 +19,7 @@ struct Fiber {
   void* stack_pointer;
   char* stack;
   bool done;
-  int parity;  // of the shuffle buffer: a fast lane may be one shuffle ahead of a slow one
+  int parity;  // of `gathered`: a fast lane may be one exchange ahead of a slow one
 };
 
 struct Barrier {
@@ -29,7 +30,8 @@ struct Barrier {
 Fiber fibers[kMaxThreads];
 Barrier cta_barrier;
 Barrier warp_barriers[kMaxThreads / kWarpSize];
-float shuffled[kMaxThreads / kWarpSize][2][kWarpSize];
+unsigned long gathered[kMaxThreads / kWarpSize][2][kWarpSize];
+std::vector<unsigned char> shared_memory;
 void* scheduler_stack_pointer;
 const std::function<void()>* body;
 int num_threads;
@@ -78,11 +80,6 @@ void start_fiber(Fiber& fiber) {
   fiber = {top, fiber.stack, false, 0};
 }
 
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "emulation: %s\n", what);
-  std::abort();
-}
-
 // A random order, so that nothing comes to depend on one.
 std::vector<int> shuffled_threads() {
   std::vector<int> order(num_threads);
@@ -122,12 +119,23 @@ void sync_cta() { wait(cta_barrier, num_threads); }
 
 void sync_warp() { wait(warp_barriers[current / kWarpSize], kWarpSize); }
 
-float shuffle_xor(float x, int distance) {
+int gather(unsigned long mine, unsigned long (&all)[32]) {
   const int warp = current / kWarpSize, lane = current % kWarpSize;
   const int parity = fibers[current].parity ^= 1;
-  shuffled[warp][parity][lane] = x;
+  gathered[warp][parity][lane] = mine;
   sync_warp();
-  return shuffled[warp][parity][lane ^ distance];
+  std::copy(std::begin(gathered[warp][parity]), std::end(gathered[warp][parity]), all);
+  return lane;
+}
+
+unsigned char* dynamic_shared_memory() {
+  const auto address = reinterpret_cast<uintptr_t>(shared_memory.data());
+  return shared_memory.data() + (-address & 127);
+}
+
+void fail(const char* what) {
+  std::fprintf(stderr, "emulation: %s\n", what);
+  std::abort();
 }
 
 void trap() {
@@ -136,11 +144,12 @@ void trap() {
   std::abort();
 }
 
-bool run(dim3 grid, dim3 cta, const std::function<void()>& kernel) {
+bool run(dim3 grid, dim3 cta, size_t shared_bytes, const std::function<void()>& kernel) {
   if (cta.x % kWarpSize != 0 || cta.x > kMaxThreads || cta.y != 1 || cta.z != 1) fail("CTA size");
   body = &kernel;
   num_threads = static_cast<int>(cta.x);
   trapped = false;
+  shared_memory.assign(shared_bytes + 128, 0xff);  // NaN
   gridDim = grid;
   blockDim = cta;
   for (unsigned y = 0; y < grid.y; ++y) {

@@ -21,6 +21,8 @@
 #define __global__
 #undef __device__
 #define __device__
+#undef __noinline__
+#define __noinline__ [[gnu::noinline]]
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __grid_constant__
@@ -32,29 +34,82 @@ namespace emulation {
 
 void sync_cta();
 void sync_warp();
-float shuffle_xor(float x, int distance);
+// What each lane of the warp has passed; the number of the own lane.
+int gather(unsigned long mine, unsigned long (&all)[32]);
+unsigned char* dynamic_shared_memory();
+[[noreturn]] void fail(const char* what);
 [[noreturn]] void trap();
 // False if a thread trapped.
-bool run(dim3 grid, dim3 cta, const std::function<void()>& kernel);
+bool run(dim3 grid, dim3 cta, size_t shared_bytes, const std::function<void()>& kernel);
 
 template <typename... Params, typename... Arguments>
 cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                    const Arguments&... arguments) {
-  const bool done = run(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
+  const bool done = run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                        [&] { kernel(arguments...); });
   return done ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 }  // namespace emulation
 
+inline void __syncwarp() { emulation::sync_warp(); }
 inline void __syncthreads() { emulation::sync_cta(); }
-inline float __shfl_xor_sync(unsigned mask, float x, int distance) {
+template <typename Number>
+Number exchange(unsigned mask, Number x, int (*source)(int lane, int by), int by) {
+  static_assert(sizeof(Number) <= sizeof(unsigned long));
   if (mask != ~0u) std::abort();
-  return emulation::shuffle_xor(x, distance);
+  unsigned long bits = 0, all[32];
+  std::memcpy(&bits, &x, sizeof(x));
+  const int lane = emulation::gather(bits, all);
+  std::memcpy(&x, &all[source(lane, by)], sizeof(x));
+  return x;
+}
+template <typename Number>
+Number __shfl_xor_sync(unsigned mask, Number x, int distance) {
+  return exchange(mask, x, [](int lane, int by) { return lane ^ by; }, distance);
+}
+template <typename Number>
+Number __shfl_up_sync(unsigned mask, Number x, int distance) {
+  return exchange(mask, x, [](int lane, int by) { return lane < by ? lane : lane - by; }, distance);
+}
+template <typename Number>
+Number __shfl_sync(unsigned mask, Number x, int from) {
+  return exchange(mask, x, [](int, int by) { return by; }, from);
+}
+inline bool __any_sync(unsigned mask, bool x) {
+  if (mask != ~0u) std::abort();
+  unsigned long all[32];
+  emulation::gather(x, all);
+  for (const unsigned long each : all) {
+    if (each != 0) return true;
+  }
+  return false;
+}
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* address, unsigned x) {
+  const unsigned before = *address;
+  *address += x;
+  return before;
+}
+template <typename Vector>
+Vector __ldcg(const Vector* address) {
+  return *address;
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const unsigned long bytes = x | static_cast<unsigned long>(y) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= (bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  }
+  return result;
 }
 [[noreturn]] inline void __trap() { emulation::trap(); }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline long min(long a, long b) { return a < b ? a : b; }
 
+#define cudaFuncSetAttribute(...) cudaSuccess
 #define cudaLaunchKernelEx emulation::launch
 #define cudaGetLastError() ((void)0)
 #define cudaGetErrorString(error) "a thread trapped"

@@ -1,4 +1,7 @@
 // The emulated CUDA kernels in the place of the CPU backend.
+#include <cmath>
+#include <vector>
+
 #include "cuda/kernels.h"
 #include "cuda/value_checks.h"
 #include "operators.h"
@@ -8,8 +11,16 @@ namespace {
 
 struct Emulated {
   static void run(const AttentionParams& params, const Tensor&) {
+    // A small device, so that sequences are cut.
+    constexpr DeviceLimits kLimits{3, 228 << 10, 227 << 10};
     check_values(params, nullptr);
-    run_attention(params, nullptr);
+    const AttentionPlan plan = plan_attention(params, kLimits);
+    std::vector<float> memory(plan.scratch_bytes / sizeof(float) + 4, NAN);
+    std::vector<unsigned> counters(plan.num_counters());
+    run_attention(params, plan, {memory.data(), counters.data()}, nullptr);
+    for (const unsigned counter : counters) {
+      if (counter != 0) throw std::runtime_error("a counter was not left at 0");
+    }
   }
   static void run(const WriteKvParams& params, const Tensor&) {
     check_values(params, nullptr);

@@ -1,0 +1,120 @@
+// How a call is cut up, decided on the host from shapes alone: no length is read. Pure functions.
+//
+// An example: bfloat16, 32 query heads over 8 KV heads of 128, on 132 multiprocessors. Head sizes
+// from 97 to 128 are computed as 128. A stage is 4 heads x 16 keys x (K + V), 34 KB with padding;
+// 3 of them fit twice into 228 KB, so 264 CTAs run at once. 8 KV heads are 2 groups of 4, so a
+// share of the keys belongs to 2 CTAs, and there are 132 shares.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace paged_ops::cuda {
+
+inline constexpr int kRows = 16;       // query rows of a matrix fragment
+inline constexpr int kMaxChunks = 16;  // pieces of a sequence in the batch-invariant mode
+inline constexpr int kMinChunkTokens = 1024;
+inline constexpr int kMinTilesPerShare = 2;  // fewer do not pay for being put together
+
+// What the device has room for.
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_per_multiprocessor;  // bytes
+  int shared_per_cta;
+};
+
+// Sizes of the decode kernel for a cache with elements of kElementBytes and head sizes up to
+// kHeadSize and kRowTiles * 16 query rows.
+template <int kElementBytes, int kHeadSize, int kRowTiles>
+struct DecodeShape {
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kTiles = kRowTiles;  // of kRows query rows
+  static constexpr int kMaxRows = kTiles * kRows;
+  static constexpr int kRowBytes = kHeadSize * kElementBytes;
+  static constexpr int kChunks = kRowBytes / 16;
+  // An odd number of 16 bytes: eight rows one below the other then lie in different banks.
+  static constexpr int kPitch = (kChunks | 1) * 16;
+  static constexpr int kKeys = kRowBytes >= 192 ? 16 : 32;  // of a warp in each stage
+  static constexpr int kStageRows = kWarps * kKeys;
+  static constexpr int kHalfBytes = kStageRows * kPitch;  // keys, then values
+  static constexpr int kStageBytes = 2 * kHalfBytes;      // about 32 KB
+  static constexpr int kMaxStages = 6;
+  static constexpr int kCtasPerMultiprocessor = 3 * kStageBytes <= 111 << 10 ? 2 : 1;
+  // Threads that load one row: as many as it has chunks of 16 bytes, or some more.
+  static constexpr int kRowThreads = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+};
+
+// What the decode kernel is told beside the params.
+struct DecodePlan {
+  int32_t tile_keys;  // keys of a tile, a power of two
+  int32_t tile_keys_log2;
+  int32_t max_query_len;  // of the sequences that are decoded
+  int32_t num_shares;     // of the keys; each is computed by num_columns CTAs side by side
+  int32_t num_columns;    // groups of KV heads, times row_chunks
+  int32_t heads;          // KV heads of a CTA: 1, 2 or 4
+  int32_t heads_log2;
+  int32_t row_chunks;    // CTAs that share the query rows of a group: 1 unless they are too many
+  int32_t rows_per_cta;  // at most
+  int32_t stages;
+  int32_t block_size_log2;  // -1: not a power of two
+  bool batch_invariant;
+};
+
+// CTAs that run at once on a multiprocessor, and the stages that each has.
+struct Residency {
+  int ctas;
+  int stages;
+};
+
+template <typename Shape>
+Residency residency(const DeviceLimits& limits, int static_bytes) {
+  constexpr int kReserved = 1024;  // that each CTA takes besides
+  for (int ctas = Shape::kCtasPerMultiprocessor;; --ctas) {
+    const int room =
+        std::min(limits.shared_per_multiprocessor / ctas - kReserved, limits.shared_per_cta) -
+        static_bytes;
+    const int stages = std::min(room / Shape::kStageBytes, Shape::kMaxStages);
+    if (stages >= 3 || ctas == 1) return {ctas, std::max(stages, 2)};
+  }
+}
+
+constexpr int log2_of(int power_of_two) {
+  return power_of_two == 1 ? 0 : 1 + log2_of(power_of_two / 2);
+}
+
+// KV heads of a CTA. Four of them read the longest runs of memory. But sequences of a small batch
+// are cut into many pieces, and fewer heads make these fewer and smaller.
+inline int heads_log2_for(const AttentionParams& params) {
+  constexpr int kSmallBatch = 16;
+  if (params.num_seqs < kSmallBatch && !params.batch_invariant) return 0;
+  return params.num_kv_heads % 4 == 0 ? 2 : params.num_kv_heads % 2 == 0 ? 1 : 0;
+}
+
+template <typename Shape>
+DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits,
+                       int static_bytes) {
+  DecodePlan plan{};
+  const int group_size = params.group_size();
+  plan.heads_log2 = heads_log2_for(params);
+  plan.heads = 1 << plan.heads_log2;
+  plan.tile_keys_log2 = log2_of(Shape::kStageRows) - plan.heads_log2;
+  plan.tile_keys = 1 << plan.tile_keys_log2;
+  const bool one_token = params.query_start_loc == nullptr;
+  plan.max_query_len = one_token ? 1 : std::max(Shape::kMaxRows / group_size, 1);
+  plan.row_chunks = (group_size + Shape::kMaxRows - 1) / Shape::kMaxRows;
+  plan.rows_per_cta = std::min(plan.max_query_len * group_size, Shape::kMaxRows);
+  plan.num_columns = params.num_kv_heads / plan.heads * plan.row_chunks;
+  const Residency resident = residency<Shape>(limits, static_bytes);
+  plan.stages = resident.stages;
+  plan.num_shares = std::max(limits.multiprocessors * resident.ctas / plan.num_columns, 1);
+  const bool power_of_two = (params.block_size & (params.block_size - 1)) == 0;
+  plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;
+  plan.batch_invariant = params.batch_invariant;
+  return plan;
+}
+
+}  // namespace paged_ops::cuda

@@ -1,0 +1,72 @@
+// The last step of a row: what the softmax has gathered becomes a row of out and of lse.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+#include "element.cuh"
+#include "row_scores.cuh"
+#include "softmax.cuh"
+
+namespace paged_ops::cuda {
+
+__device__ inline void store_pair(float* to, float x, float y) {
+  *reinterpret_cast<float2*>(to) = {x, y};
+}
+__device__ inline void store_pair(__half* to, float x, float y) {
+  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(x, y);
+}
+__device__ inline void store_pair(__nv_bfloat16* to, float x, float y) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x, y);
+}
+
+// One row of out: where it lies, and what its sums are multiplied by.
+struct RowOutput {
+  int64_t row;  // the first element in out
+  int64_t lse_index;
+  float factor;
+  float lse;
+
+  __device__ static RowOutput of(const AttentionParams& params, const RowBlock& block, int row,
+                                 float maximum, float sum) {
+    const RowPlace place = place_of(params, block, row);
+    SoftmaxState<1> state;
+    state.maximum = maximum;
+    state.sum = sum;
+    const KeyRange visible = visible_keys(params, block.seq_len, place.position);
+    const bool sees_some = visible.begin < visible.end;
+    float factor = 1.0f;
+    if (sees_some && params.sinks != nullptr) {
+      state.add_sink(params.sinks[place.head] * kLog2E);
+      factor = exp2f(maximum - state.maximum);  // the sums are still measured from the old maximum
+    }
+    factor *= state.normalizer() * scale_of(params.v_scale, block.kv_head);
+    return {place.token * params.out_stride_token + place.head * params.out_stride_head,
+            place.token * params.num_heads + place.head, sees_some ? factor : 0.0f, state.lse()};
+  }
+
+  template <typename Float>
+  __device__ void store(Float* out, int d, float x, float y) const {
+    store_pair(out + row + d, x * factor, y * factor);
+  }
+};
+
+// Rows of the query that belong to no sequence: 0 in out, -inf in lse.
+__device__ inline void zero_rows_without_sequence(const AttentionParams& params) {
+  if (params.query_start_loc == nullptr) return;
+  const int64_t before = params.query_start_loc[0];
+  const int64_t after = params.num_tokens - params.query_start_loc[params.num_seqs];
+  const int64_t heads = params.num_heads;
+  for (int64_t i = blockIdx.x; i < (before + after) * heads; i += gridDim.x) {
+    const int64_t index = i / heads, head = i % heads;
+    const int64_t token = index < before ? index : params.num_tokens - after + index - before;
+    with_float_type(params.out_dtype, [&](auto type) {
+      auto* const row = static_cast<decltype(type)*>(params.out) + token * params.out_stride_token +
+                        head * params.out_stride_head;
+      for (int d = threadIdx.x; d < params.head_size; d += blockDim.x) from_float(0.0f, row[d]);
+    });
+    if (params.lse != nullptr && threadIdx.x == 0) params.lse[token * heads + head] = -INFINITY;
+  }
+}
+
+}  // namespace paged_ops::cuda

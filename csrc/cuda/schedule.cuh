@@ -1,0 +1,226 @@
+// How the keys of a batch are cut into even shares on the device, from nothing but the lengths.
+//
+// The work is a row of units: the tiles of the first sequence, then of the second, and so on. Share
+// i of n gets the units total * i / n and on, so that shares differ by one tile at most, whatever
+// the lengths (stream-K; "LeanAttention", Sanovar et al., 2024). A sequence that several shares
+// have a part of is put together at the end (merge_pieces.cuh).
+//
+// In the batch-invariant mode a unit is a chunk of tiles that depends on its sequence alone, and is
+// never cut: the pieces of a sequence, and so its result to the bit, are the same in every batch.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+#include "heuristics.h"
+#include "warp.cuh"
+
+namespace paged_ops::cuda {
+
+// Places for pieces, see Piece.
+__host__ __device__ inline int64_t num_cells(const AttentionParams& params,
+                                             const DecodePlan& plan) {
+  const int64_t slots = plan.batch_invariant ? params.num_seqs * kMaxChunks
+                                             : 2 * static_cast<int64_t>(plan.num_shares);
+  return slots * plan.num_columns;
+}
+
+// A sequence and the keys that its queries see among them.
+struct Span {
+  int32_t first_token;  // in the query
+  int32_t query_len;
+  int32_t seq_len;
+  int32_t begin;      // keys begin .. seq_len-1 are seen by some query
+  int32_t num_tiles;  // 0: not decoded here
+};
+
+__device__ inline Span span_of(const AttentionParams& params, const DecodePlan& plan, int32_t seq) {
+  Span span{seq, 1, params.seq_lens[seq], 0, 0};
+  if (params.query_start_loc != nullptr) {
+    span.first_token = params.query_start_loc[seq];
+    span.query_len = params.query_start_loc[seq + 1] - span.first_token;
+  }
+  const int32_t first_position = span.seq_len - span.query_len;
+  if (params.window >= 0 && params.window <= first_position) {
+    span.begin = first_position + 1 - static_cast<int32_t>(params.window);
+  }
+  if (span.query_len <= 0 || span.query_len > plan.max_query_len) return span;
+  const int32_t end = static_cast<int32_t>(
+      (static_cast<uint32_t>(span.seq_len) + plan.tile_keys - 1) >> plan.tile_keys_log2);
+  // One also for no keys: the rows have to be written.
+  span.num_tiles = max(end - (span.begin >> plan.tile_keys_log2), 1);
+  return span;
+}
+
+// Tiles of a chunk.
+__device__ inline int32_t chunk_tiles(const DecodePlan& plan, const Span& span) {
+  const int32_t smallest = max(kMinChunkTokens >> plan.tile_keys_log2, 1);
+  return max(smallest, (span.num_tiles + kMaxChunks - 1) / kMaxChunks);
+}
+
+__device__ inline int32_t num_units(const DecodePlan& plan, const Span& span) {
+  if (!plan.batch_invariant || span.num_tiles == 0) return span.num_tiles;
+  const int32_t chunk = chunk_tiles(plan, span);
+  return (span.num_tiles + chunk - 1) / chunk;
+}
+
+// Units cut into `count` shares that differ by one at most, the larger ones first.
+struct Shares {
+  uint32_t count;
+  uint32_t size;    // of the smaller ones
+  uint32_t larger;  // how many have one more
+
+  __device__ static Shares of(uint32_t total, uint32_t count) {
+    return {count, total / count, total % count};
+  }
+  __device__ uint32_t begin_of(uint32_t share) const { return share * size + min(share, larger); }
+  __device__ uint32_t share_of(uint32_t unit) const {
+    const uint32_t in_larger = larger * (size + 1);
+    return unit < in_larger ? unit / (size + 1) : larger + (unit - in_larger) / size;
+  }
+};
+
+// One CTA's share: units begin .. end-1; `seq` is the sequence of unit `begin`, and itself begins
+// at unit `seq_begin`.
+struct Share {
+  Shares all;
+  uint32_t index;
+  uint32_t begin;
+  uint32_t end;
+  int32_t seq;
+  uint32_t seq_begin;
+};
+
+// The share of this CTA, by all kThreads threads of it: each adds up a run of sequences, and the
+// one in whose run the share begins looks for the sequence.
+template <int kThreads>
+__device__ Share find_share(const AttentionParams& params, const DecodePlan& plan, uint32_t index) {
+  constexpr int kWarps = kThreads / kWarpSize;
+  __shared__ uint32_t warp_totals[kWarps];
+  __shared__ uint32_t found[2];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int32_t num_seqs = static_cast<int32_t>(params.num_seqs);
+  const int32_t run = (num_seqs + kThreads - 1) / kThreads;
+  const int32_t first = min(static_cast<int32_t>(threadIdx.x) * run, num_seqs);
+  const int32_t last = min(first + run, num_seqs);
+
+  uint32_t mine = 0;
+  for (int32_t seq = first; seq < last; ++seq) mine += num_units(plan, span_of(params, plan, seq));
+  uint32_t before = warp_exclusive_sum(mine, lane);
+  if (lane == kWarpSize - 1) warp_totals[warp] = before + mine;
+  __syncthreads();
+  uint32_t total = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) before += warp_totals[i];
+    total += warp_totals[i];
+  }
+  const uint32_t least = plan.batch_invariant ? 1 : kMinTilesPerShare;
+  const uint32_t count = min(static_cast<uint32_t>(plan.num_shares), (total + least - 1) / least);
+  if (index >= count) return Share{};  // nothing: begin == end
+  Share share{Shares::of(total, count), index, 0, 0, 0, 0};
+  share.begin = share.all.begin_of(index);
+  share.end = share.all.begin_of(index + 1);
+  if (before <= share.begin && share.begin < before + mine) {
+    int32_t seq = first;
+    for (;; ++seq) {
+      const uint32_t units = num_units(plan, span_of(params, plan, seq));
+      if (share.begin < before + units) break;
+      before += units;
+    }
+    found[0] = static_cast<uint32_t>(seq);
+    found[1] = before;
+  }
+  __syncthreads();
+  share.seq = static_cast<int32_t>(found[0]);
+  share.seq_begin = found[1];
+  return share;
+}
+
+// A walk over the tiles of a share, the same in every thread.
+class Walk {
+ public:
+  __device__ Walk(const AttentionParams& params, const DecodePlan& plan, const Share& share)
+      : seq_(share.seq), unit_(share.begin), end_(share.end), seq_begin_(share.seq_begin) {
+    enter(params, plan);
+    tile_ = static_cast<int32_t>(unit_ - seq_begin_) * (chunk_ > 0 ? chunk_ : 1);
+    set_piece_end();
+  }
+
+  __device__ bool done() const { return unit_ == end_; }
+  __device__ int32_t seq() const { return seq_; }
+  __device__ const Span& span() const { return span_; }
+  __device__ bool last_of_piece() const { return tile_ + 1 == piece_end_; }
+  __device__ int32_t first_key(const DecodePlan& plan) const {
+    return ((span_.begin >> plan.tile_keys_log2) + tile_) << plan.tile_keys_log2;
+  }
+  // The first unit of the sequence, and of the piece that the walk is in.
+  __device__ uint32_t seq_begin() const { return seq_begin_; }
+  __device__ uint32_t piece_begin() const { return unit_; }
+
+  __device__ void advance(const AttentionParams& params, const DecodePlan& plan) {
+    if (++tile_ < piece_end_) return;
+    unit_ = next_unit_;
+    if (done()) return;
+    if (tile_ == span_.num_tiles) {
+      seq_begin_ = unit_;
+      do {
+        ++seq_;
+        enter(params, plan);
+      } while (span_.num_tiles == 0);
+      tile_ = 0;
+    }
+    set_piece_end();
+  }
+
+ private:
+  __device__ void enter(const AttentionParams& params, const DecodePlan& plan) {
+    span_ = span_of(params, plan, seq_);
+    chunk_ = plan.batch_invariant ? chunk_tiles(plan, span_) : 0;
+  }
+
+  __device__ void set_piece_end() {
+    const int32_t left = chunk_ > 0 ? chunk_ : static_cast<int32_t>(end_ - unit_);
+    piece_end_ = min(span_.num_tiles, tile_ + left);
+    next_unit_ = unit_ + (chunk_ > 0 ? 1 : piece_end_ - tile_);
+  }
+
+  int32_t seq_;
+  uint32_t unit_;  // of the piece
+  uint32_t end_;
+  uint32_t seq_begin_;
+  uint32_t next_unit_ = 0;
+  Span span_{};
+  int32_t tile_ = 0;
+  int32_t piece_end_ = 0;
+  int32_t chunk_ = 0;  // 0: pieces end where shares end
+};
+
+// One of the pieces that a sequence is put together from. Slots are where pieces are kept: a share
+// has slot 2 i + 1 for the sequence that begins in it and goes on after it, and slot 2 i for the
+// one that began before.
+struct Piece {
+  int32_t index;
+  int32_t count;
+  int32_t first_slot;  // of piece 0
+  int32_t second_slot;
+  int32_t stride;  // from there on
+
+  __device__ static Piece at(const DecodePlan& plan, const Share& share, const Walk& walk) {
+    const uint32_t begin = walk.seq_begin();
+    if (plan.batch_invariant) {
+      return {static_cast<int32_t>(walk.piece_begin() - begin), num_units(plan, walk.span()),
+              static_cast<int32_t>(begin), static_cast<int32_t>(begin) + 1, 1};
+    }
+    const int32_t first = share.all.share_of(begin);
+    const int32_t last = share.all.share_of(begin + walk.span().num_tiles - 1);
+    return {static_cast<int32_t>(share.index) - first, last - first + 1, 2 * first + 1,
+            2 * first + 2, 2};
+  }
+
+  __device__ int32_t slot(int32_t piece) const {
+    return piece == 0 ? first_slot : second_slot + (piece - 1) * stride;
+  }
+};
+
+}  // namespace paged_ops::cuda

@@ -1,0 +1,101 @@
+// What csrc/cuda/ptx.cuh has, on the CPU: takes its place in the emulated build.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace paged_ops::cuda {
+
+using SharedAddress = uintptr_t;
+
+inline SharedAddress shared_address(const void* pointer) {
+  return reinterpret_cast<SharedAddress>(pointer);
+}
+
+inline unsigned char* dynamic_shared_memory() { return emulation::dynamic_shared_memory(); }
+
+// At once: what is read before it is waited for is not found here.
+inline void copy_async_16(SharedAddress to, const void* from, bool present) {
+  void* const bytes = reinterpret_cast<void*>(to);
+  if (to % 16 != 0) emulation::fail("copy_async_16: not aligned");
+  if (!present) {
+    std::memset(bytes, 0, 16);
+    return;
+  }
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulation::fail("copy_async_16: not aligned");
+  std::memcpy(bytes, from, 16);
+}
+inline void commit_copies() {}
+template <int kPending>
+void wait_for_copies() {}
+
+// Element `column` of row `row` of matrix `matrix`, by the addresses that the lanes have given.
+inline uint16_t matrix_element(const uint64_t* rows, int matrix, int row, int column) {
+  uint16_t element;
+  std::memcpy(&element, reinterpret_cast<const char*>(rows[matrix * 8 + row]) + column * 2, 2);
+  return element;
+}
+
+inline void load_matrices(SharedAddress row, uint32_t (&to)[4]) {
+  uint64_t rows[32];
+  const int lane = emulation::gather(row, rows);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const auto at = [&](int i) {
+      return static_cast<uint32_t>(matrix_element(rows, matrix, lane / 4, lane % 4 * 2 + i));
+    };
+    to[matrix] = at(0) | at(1) << 16;
+  }
+}
+
+inline void load_matrices_transposed(SharedAddress row, uint32_t (&to)[4]) {
+  uint64_t rows[32];
+  const int lane = emulation::gather(row, rows);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const auto at = [&](int i) {
+      return static_cast<uint32_t>(matrix_element(rows, matrix, lane % 4 * 2 + i, lane / 4));
+    };
+    to[matrix] = at(0) | at(1) << 16;
+  }
+}
+
+inline float operand(__nv_bfloat16, uint32_t bits) {
+  const uint32_t wide = bits << 16;
+  float x;
+  std::memcpy(&x, &wide, 4);
+  return x;
+}
+inline float operand(__half, uint32_t bits) {
+  __half_raw raw;
+  raw.x = static_cast<uint16_t>(bits);
+  return __half2float(__half(raw));
+}
+
+template <typename Number>
+void multiply_add(Number number, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  uint64_t a_low[32], a_high[32], b[32];
+  emulation::gather(a[0] | static_cast<uint64_t>(a[1]) << 32, a_low);
+  emulation::gather(a[2] | static_cast<uint64_t>(a[3]) << 32, a_high);
+  const int lane = emulation::gather(b0 | static_cast<uint64_t>(b1) << 32, b);
+  // Lane r % 8 * 4 + k % 8 / 2 holds element (r, k) of a, and n * 4 + k % 8 / 2 element (k, n) of
+  // b.
+  const auto half = [](uint64_t word, int index) {
+    return static_cast<uint32_t>(word >> (16 * index)) & 0xffffu;
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const uint64_t word = (k < 8 ? a_low : a_high)[row % 8 * 4 + k % 8 / 2];
+      const float x = operand(number, half(word, row / 8 * 2 + k % 2));
+      const float y = operand(number, half(b[column * 4 + k % 8 / 2], k / 8 * 2 + k % 2));
+      c[i] += x * y;
+    }
+  }
+}
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+}  // namespace paged_ops::cuda
