@@ -195,6 +195,28 @@ void add_values(const AttentionParams& params, const Unit& unit, const Tile<T>& 
   }
 }
 
+// Calls run(true) if the head is a whole number of vectors of words.
+template <typename Math, typename Run>
+void with_whole(int head_size, Run&& run) {
+  if (head_size % (kLanes * Math::kDepth) == 0) return run(std::true_type());
+  run(std::false_type());
+}
+
+// Rows for which keys and values are not packed.
+constexpr int kMaxDirectRows = 2 * kBlockRows;
+
+// How often Ahead is asked to fetch while a tile is computed with, about.
+template <typename Math>
+int64_t num_steps(const AttentionParams& params, const Unit& unit, int num_rows) {
+  const int words = divide_up(params.head_size, kLanes * Math::kDepth);
+  const int keys = divide_up(unit.tile_keys, kLanes) * kLanes;
+  if (num_rows > kMaxDirectRows) return unit.num_kv_heads * (keys / kLanes) * words;
+  const int dots = keys / 2 * (num_rows / kDotRows + num_rows % kDotRows) * words;
+  const int columns = divide_up(divide_up(params.head_size, kLanes), kBlockColumns);
+  const int products = keys / Math::kDepth * num_rows * columns;
+  return unit.num_kv_heads * (dots + products);
+}
+
 template <typename Math, typename T>
 void attend_tile(const AttentionParams& params, const Unit& unit, const Tile<T>& tile,
                  int64_t kv_head, const Workspace<typename Math::Element>& space, Ahead& ahead) {
@@ -203,16 +225,31 @@ void attend_tile(const AttentionParams& params, const Unit& unit, const Tile<T>&
   const KeyRange all{0, tile.num_keys};
 
   const HeadRows<T> keys(tile.keys, head * params.key_cache.stride_head, all);
-  pack_keys<Math>(keys, tile.num_keys, params.head_size, space.packed, ahead);
-  multiply(Product<Math, PackedAhead>{space.query + first_row * space.query_stride,
-                                      space.query_stride,
-                                      {{space.packed, kTileKeys}, &ahead},
-                                      nullptr,
-                                      space.scores,
-                                      kTileKeys,
-                                      num_rows,
-                                      divide_up(params.head_size, Math::kDepth),
-                                      divide_up(tile.num_keys, kLanes)});
+  const auto* const query = space.query + first_row * space.query_stride;
+  if (num_rows <= kMaxDirectRows) {
+    int row = 0;
+    const auto dot = [&](auto rows) {
+      with_whole<Math>(params.head_size, [&](auto whole) {
+        dot_keys<rows(), whole(), Math>(query + row * space.query_stride, space.query_stride, keys,
+                                        tile.num_keys, params.head_size,
+                                        space.scores + row * kTileKeys, ahead);
+      });
+      row += rows();
+    };
+    while (num_rows - row >= kDotRows) dot(std::integral_constant<int, kDotRows>());
+    while (row < num_rows) dot(std::integral_constant<int, 1>());
+  } else {
+    pack_keys<Math>(keys, tile.num_keys, params.head_size, space.packed, ahead);
+    multiply(Product<Math, Packed>{query,
+                                   space.query_stride,
+                                   {space.packed, kTileKeys},
+                                   nullptr,
+                                   space.scores,
+                                   kTileKeys,
+                                   num_rows,
+                                   divide_up(params.head_size, Math::kDepth),
+                                   divide_up(tile.num_keys, kLanes)});
+  }
   const bool all_seen =
       softmax_rows<Math>(params, unit, tile, kv_head, space, space.running + first_row);
 
@@ -228,9 +265,11 @@ void attend_tile(const AttentionParams& params, const Unit& unit, const Tile<T>&
                                           divide_up(tile.num_keys, Math::kDepth),
                                           divide_up(params.head_size, kLanes)};
   };
-  if (all_seen && num_rows <= 2 * kBlockRows) {
+  if (all_seen && num_rows <= kMaxDirectRows) {
     const HeadRows<T> values(tile.values, offset, all);
-    multiply(sum_of(Unpacked<Math, T>{values.row, params.head_size, &ahead}));
+    with_whole<Math>(params.head_size, [&](auto whole) {
+      multiply(sum_of(Unpacked<Math, T, whole()>{values.row, params.head_size, &ahead}));
+    });
   } else {
     add_values(params, unit, tile, offset, all_seen, space.packed,
                sum_of(Packed{space.packed, space.out_stride}));
@@ -330,7 +369,6 @@ void plan_ahead(const AttentionParams& params, const Unit& unit, const Tile<T>& 
   };
   add_half(tile.keys, params.key_cache.stride_head);
   add_half(tile.values, params.value_cache.stride_head);
-  ahead.advance();
 }
 
 template <typename Math, typename T>
@@ -346,7 +384,10 @@ void attend_unit(const AttentionParams& params, const Schedule& schedule, int64_
     key += unit.tile_keys;
     locate(params, unit, key, tiles[1 - i]);
     Ahead ahead;
-    if (unit.num_kv_heads > 1) plan_ahead(params, unit, tiles[1 - i], ahead);
+    if (unit.num_kv_heads > 1) {
+      plan_ahead(params, unit, tiles[1 - i], ahead);
+      ahead.start(num_steps<Math>(params, unit, static_cast<int>(space.num_rows)));
+    }
     for (int kv_head = 0; kv_head < unit.num_kv_heads; ++kv_head) {
       attend_tile<Math>(params, unit, tiles[i], kv_head, space, ahead);
     }

@@ -34,9 +34,9 @@ struct Float32Math {
   }
 };
 
-// Fetches the memory of the next tile, a few lines at a time, wherever this one is computed with. A
-// processor has some twenty fetches under way at once and drops what is asked for beyond them:
-// evenly spread, in the order of memory, they come for free; in a burst most of them are lost.
+// Fetches the memory of the next tile, some lines at a time, wherever this one is computed with. A
+// processor has some twenty fetches under way at once: evenly spread, in the order of memory, they
+// come for free; in bursts they hold up what is computed meanwhile.
 struct Ahead {
   static constexpr int kLine = 64;
   static constexpr int kMaxRuns = 1024;  // what is beyond is not fetched
@@ -48,15 +48,21 @@ struct Ahead {
   Run runs[kMaxRuns];
   int num_runs = 0;
   int run = 0;
+  int64_t pace_bytes = 0;
+  int64_t total = 0;
   const char* next = nullptr;
   int64_t left = 0;
 
-  template <int kLines>
+  // To be called `steps` times altogether.
+  void start(int64_t steps) {
+    pace_bytes = (total + steps * kLine - 1) / (steps * kLine) * kLine;
+    advance();
+  }
   inline void fetch() {
     if (left <= 0) return;
-    for (int i = 0; i < kLines; ++i) __builtin_prefetch(next + i * kLine, 0, 2);
-    next += kLines * kLine;
-    left -= kLines * kLine;
+    const char* const end = next + pace_bytes;
+    for (; next != end; next += kLine) __builtin_prefetch(next, 0, 2);
+    left -= pace_bytes;
     if (left <= 0) advance();
   }
   void advance() {
@@ -68,6 +74,7 @@ struct Ahead {
   // Joins the run before if it follows it without a gap.
   void add(const void* begin, int64_t size) {
     const char* const data = static_cast<const char*>(begin);
+    total += size;
     if (num_runs > 0 && runs[num_runs - 1].begin + runs[num_runs - 1].size == data) {
       runs[num_runs - 1].size += size;
     } else if (num_runs < kMaxRuns) {
@@ -84,11 +91,14 @@ template <typename T>
 struct HeadRows {
   const T* row[kTileKeys];
 
-  // Of rows given for head 0, null where there is none, those in `range`.
+  // Of rows given for head 0, null where there is none, those in `range`; zeros up to a whole
+  // number of vectors.
   HeadRows(const T* const* rows, int64_t head_offset, KeyRange range) {
-    for (int key = 0; key < kTileKeys; ++key) {
-      const bool counts = range.begin <= key && key < range.end && rows[key] != nullptr;
-      row[key] = counts ? rows[key] + head_offset : reinterpret_cast<const T*>(kZeroRow);
+    const T* const zeros = reinterpret_cast<const T*>(kZeroRow);
+    const int end = static_cast<int>(round_up(range.end, kLanes));
+    for (int key = 0; key < end; ++key) {
+      const bool counts = (range.begin <= key) & (key < range.end) & (rows[key] != nullptr);
+      row[key] = counts ? rows[key] + head_offset : zeros;
     }
   }
 };
@@ -102,7 +112,7 @@ void pack_keys(const HeadRows<T>& keys, int num_keys, int head_size, float* pack
       for (int i = 0; i < kLanes; ++i) {
         square[i] = Math::load_words(keys.row[key + i] + first, head_size - first);
       }
-      ahead.fetch<4>();
+      ahead.fetch();
       transpose(square);
       float* const corner = packed + first / Math::kDepth * kTileKeys + key;
       for (int i = 0; i < kLanes; ++i) store(corner + i * kTileKeys, square[i]);
@@ -124,6 +134,55 @@ void pack_values(const HeadRows<T>& values, int num_keys, int head_size, float* 
   }
 }
 
+// scores[row, key] for so few rows that packing the keys would not pay: products along the head,
+// the sums over the lanes at the end. A score does not depend on the rows beside it. kWhole: the
+// head is a whole number of vectors of words, and no load needs a mask. Not inlined: its loop needs
+// all registers.
+template <int kRows, bool kWhole, typename Math, typename T>
+[[gnu::noinline]] void dot_keys(const typename Math::Element* query, int64_t query_stride,
+                                const HeadRows<T>& keys, int num_keys, int head_size, float* scores,
+                                Ahead& ahead) {
+  for (int key = 0; key < num_keys; key += kLanes) {
+    Vec sums[kRows][kLanes];
+    for (int first = 0; first < kLanes; first += kDotKeys) {
+      Vec sum[kRows][kDotKeys];
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kDotKeys; ++i) sum[row][i] = zero();
+      }
+      const T* const* const row_of = keys.row + key + first;
+      constexpr int kStep = kLanes * Math::kDepth;
+      for (int d = 0; d < head_size; d += kStep) {
+        const int count = kWhole ? kStep : head_size - d;
+        Vec words[kRows];
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) {
+          words[row] = Math::load_words(query + row * query_stride + d, count);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kDotKeys; ++i) {
+          const Vec key_words = Math::load_words(row_of[i] + d, count);
+#pragma GCC unroll 16
+          for (int row = 0; row < kRows; ++row) {
+            sum[row][i] = Math::multiply_add_words(words[row], key_words, sum[row][i]);
+          }
+          if (i % 2 == 1) ahead.fetch();
+        }
+      }
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kDotKeys; ++i) sums[row][first + i] = sum[row][i];
+      }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+      store(scores + row * kTileKeys + key, sum_lanes(sums[row]));
+    }
+  }
+}
+
 // The right-hand matrix of a product, [num_words, vectors of kLanes columns].
 struct Packed {
   const float* data;
@@ -135,22 +194,11 @@ struct Packed {
       row[i] = load(data + word * stride + (column + i) * kLanes);
     }
   }
-};
-
-// The same; meanwhile the next tile is fetched.
-struct PackedAhead {
-  Packed packed;
-  Ahead* ahead;
-
-  template <int kColumns>
-  void load_row(int word, int column, Vec (&row)[kColumns]) const {
-    ahead->fetch<3>();
-    packed.load_row(word, column, row);
-  }
+  void meanwhile() const {}
 };
 
 // Values as they lie in the cache: for so few rows that packing them would not pay.
-template <typename Math, typename T>
+template <typename Math, typename T, bool kWhole>
 struct Unpacked {
   const T* const* values;  // [num_words * kDepth]
   int head_size;
@@ -158,9 +206,10 @@ struct Unpacked {
 
   template <int kColumns>
   void load_row(int word, int column, Vec (&row)[kColumns]) const {
-    ahead->fetch<kColumns>();
-    Math::load_values(values + word * Math::kDepth, column * kLanes, head_size, row);
+    const int first = column * kLanes, end = kWhole ? first + kColumns * kLanes : head_size;
+    Math::load_values(values + word * Math::kDepth, first, end, row);
   }
+  void meanwhile() const { ahead->fetch(); }
 };
 
 // c = rescale * c + a b, or a b where rescale is null.
@@ -187,7 +236,9 @@ inline void multiply_block(const Product<Math, Right>& p, int row, int column) {
   const int64_t a_stride = p.a_stride;
   float* const c = p.c + row * p.c_stride + column * kLanes;
   Vec sum[kRows][kColumns];
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
     for (int j = 0; j < kColumns; ++j) {
       sum[i][j] = p.rescale == nullptr
                       ? zero()
@@ -197,14 +248,19 @@ inline void multiply_block(const Product<Math, Right>& p, int row, int column) {
   for (int word = 0; word < num_words; ++word) {
     Vec right[kColumns];
     b.load_row(word, column, right);
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
+      b.meanwhile();
       const Vec left = Math::broadcast_word(a + i * a_stride + word * Math::kDepth);
+#pragma GCC unroll 16
       for (int j = 0; j < kColumns; ++j) {
         sum[i][j] = Math::multiply_add_words(left, right[j], sum[i][j]);
       }
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
     for (int j = 0; j < kColumns; ++j) store(c + i * p.c_stride + j * kLanes, sum[i][j]);
   }
 }

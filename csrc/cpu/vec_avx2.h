@@ -7,6 +7,7 @@ namespace {
 using Vec = __m256;
 constexpr int kLanes = 8;
 constexpr int kBlockRows = 4, kBlockColumns = 2;
+constexpr int kDotRows = 2, kDotKeys = 4;
 
 inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
 inline Vec zero() { return _mm256_setzero_ps(); }
@@ -100,6 +101,14 @@ inline float reduce_max(Vec x) {
   __m128 best = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   best = _mm_max_ps(best, _mm_movehl_ps(best, best));
   return _mm_cvtss_f32(_mm_max_ss(best, _mm_movehdup_ps(best)));
+}
+
+inline Vec sum_lanes(const Vec (&rows)[kLanes]) {
+  const auto quad = [](const Vec* row) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(row[0], row[1]), _mm256_hadd_ps(row[2], row[3]));
+  };
+  const Vec low = quad(rows), high = quad(rows + 4);
+  return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 // 1x1 blocks to 2x2 to 4x4, inside each half of a vector, then the halves themselves.

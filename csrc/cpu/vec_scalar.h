@@ -9,7 +9,8 @@ namespace {
 
 constexpr int kLanes = 8;
 constexpr int kBlockRows = 4,
-              kBlockColumns = 1;  // accumulators that fit the registers: see multiply
+              kBlockColumns = 1;           // accumulators that fit the registers: see multiply
+constexpr int kDotRows = 2, kDotKeys = 2;  // likewise: see dot_keys
 
 struct Vec {
   float lane[kLanes];
@@ -105,6 +106,11 @@ inline float reduce_max(Vec x) {
     }
   }
   return x.lane[0];
+}
+
+// Lane i is the sum over the lanes of rows[i].
+inline Vec sum_lanes(const Vec (&rows)[kLanes]) {
+  return map([&](int i) { return reduce_add(rows[i]); });
 }
 
 // rows[i].lane[j] <-> rows[j].lane[i]
