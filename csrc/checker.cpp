@@ -89,11 +89,6 @@ void Checker::fail(const char* name, const std::string& expected, const std::str
                            ", got " + got);
 }
 
-void Checker::require(bool condition, const char* name, const std::string& expected,
-                      const std::string& got) const {
-  if (!condition) fail(name, expected, got);
-}
-
 void Checker::device(const char* name, const Tensor& tensor) const {
   if (!tensor.defined()) fail(name, "be a tensor", "None");
   if (same_device(tensor, anchor_)) return;

@@ -45,8 +45,6 @@ class Checker {
   // Shares no memory with `other`, judged by the span of addresses from first to last element.
   void disjoint(const char* name, const Tensor& tensor, const char* other_name,
                 const Tensor& other) const;
-  void require(bool condition, const char* name, const std::string& expected,
-               const std::string& got) const;
   [[noreturn]] void fail(const char* name, const std::string& expected,
                          const std::string& got) const;
 

@@ -44,12 +44,17 @@ void check_cache_dtype(const Checker& check, const char* name, const Tensor& cac
 
 void check_sizes(const Checker& check, const char* cache_name, const Sizes& sizes) {
   const int64_t heads = sizes.num_kv_heads.value, slots = sizes.block_size.value;
-  check.require(heads > 0, cache_name, "have at least one KV head", std::to_string(heads));
-  check.require(slots > 0, cache_name, "have a block_size of at least 1", std::to_string(slots));
+  if (heads <= 0) {
+    check.fail(cache_name, "have at least one KV head", std::to_string(heads));
+  }
+  if (slots <= 0) {
+    check.fail(cache_name, "have a block_size of at least 1", std::to_string(slots));
+  }
   const int64_t head_size = sizes.head_size.value;
-  check.require(head_size >= 1 && head_size <= kMaxHeadSize, cache_name,
-                "have a head_size from 1 to " + std::to_string(kMaxHeadSize),
-                std::to_string(head_size));
+  if (head_size < 1 || head_size > kMaxHeadSize) {
+    check.fail(cache_name, "have a head_size from 1 to " + std::to_string(kMaxHeadSize),
+               std::to_string(head_size));
+  }
 }
 
 void check_kv_cache(const Checker& check, const Tensor& kv_cache, Sizes& sizes) {
@@ -89,28 +94,33 @@ Scale check_scale(const Checker& check, const char* name, const OptionalTensor& 
   if (!scale.has_value()) return {nullptr, 0};
   check.device(name, *scale);
   check.dtype(name, *scale, {ScalarType::Float});
-  check.require(cache.scalar_type() == ScalarType::Float8_e4m3fn, name,
-                "be given for a float8_e4m3fn cache only",
-                std::string("a cache of ") + torch::headeronly::toString(cache.scalar_type()));
+  if (cache.scalar_type() != ScalarType::Float8_e4m3fn) {
+    check.fail(name, "be given for a float8_e4m3fn cache only",
+               std::string("a cache of ") + torch::headeronly::toString(cache.scalar_type()));
+  }
   const bool one = scale->numel() == 1 && scale->dim() <= 1;
   const bool per_head = scale->dim() == 1 && scale->size(0) == num_kv_heads.value;
-  check.require(one || per_head, name,
-                "have 1 element or num_kv_heads=" + std::to_string(num_kv_heads.value),
-                std::to_string(scale->numel()) + " elements in " + std::to_string(scale->dim()) +
-                    " dimensions");
+  if (!one && !per_head) {
+    check.fail(name, "have 1 element or num_kv_heads=" + std::to_string(num_kv_heads.value),
+               std::to_string(scale->numel()) + " elements in " + std::to_string(scale->dim()) +
+                   " dimensions");
+  }
   check.contiguous(name, *scale);
   return {static_cast<const float*>(scale->const_data_ptr()), one ? 0 : 1};
 }
 
 void check_option_values(const Checker& check, const AttentionOptions& options) {
   if (options.scale.has_value()) {
-    check.require(std::isfinite(*options.scale), "scale", "be finite",
-                  std::to_string(*options.scale));
+    if (!std::isfinite(*options.scale)) {
+      check.fail("scale", "be finite", std::to_string(*options.scale));
+    }
   }
-  check.require(options.window == -1 || options.window >= 1, "window",
-                "be -1 (no limit) or at least 1", std::to_string(options.window));
-  check.require(std::isfinite(options.softcap) && options.softcap >= 0, "softcap",
-                "be 0 (none) or positive and finite", std::to_string(options.softcap));
+  if (options.window != -1 && options.window < 1) {
+    check.fail("window", "be -1 (no limit) or at least 1", std::to_string(options.window));
+  }
+  if (!std::isfinite(options.softcap) || options.softcap < 0) {
+    check.fail("softcap", "be 0 (none) or positive and finite", std::to_string(options.softcap));
+  }
 }
 
 void check_batch(const Checker& check, const Tensor& block_table, const char* lens_name,
@@ -169,9 +179,11 @@ AttentionParams make_params(const char* op, const char* lens_name, const Tensor&
 
 void check_group(const Checker& check, const Sizes& sizes) {
   const int64_t heads = sizes.num_heads.value, kv_heads = sizes.num_kv_heads.value;
-  check.require(heads > 0 && heads % kv_heads == 0, "query",
-                "have a positive multiple of num_kv_heads=" + std::to_string(kv_heads) + " heads",
-                std::to_string(heads));
+  if (heads <= 0 || heads % kv_heads != 0) {
+    check.fail("query",
+               "have a positive multiple of num_kv_heads=" + std::to_string(kv_heads) + " heads",
+               std::to_string(heads));
+  }
 }
 
 }  // namespace
