@@ -30,16 +30,19 @@ class Case:
 
     @property
     def query_lens(self) -> tuple[int, ...]:
+        """Tokens of each sequence that are new."""
         if isinstance(self.query_len, tuple):
             return self.query_len
         return (self.query_len,) * len(self.seq_lens)
 
     @property
     def decode(self) -> bool:
+        """Whether each sequence has one new token."""
         return set(self.query_lens) == {1}
 
     @property
     def uniform(self) -> bool:
+        """Whether all sequences are alike, so that dense tensors can hold them."""
         return len(set(self.seq_lens)) == 1 and len(set(self.query_lens)) == 1
 
     @property
@@ -51,6 +54,8 @@ class Case:
     @property
     def flops(self) -> float:
         """Of the two matrix products of causal attention, the masked part not counted."""
+        if self.write:
+            return 0.0
         pairs = sum(
             query_len * (seq_len - (query_len - 1) / 2)
             for query_len, seq_len in zip(self.query_lens, self.seq_lens, strict=True)
@@ -77,6 +82,7 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
+        """Where all the tensors are."""
         return self.query.device
 
     @cached_property
@@ -185,7 +191,7 @@ def relative_error(batch: Batch, out: Tensor) -> float:
     errors = []
     for sequence in {0, longest, len(batch.case.seq_lens) - 1}:
         rows, expected = expected_rows(batch, sequence)
-        got = out.view(batch.query.shape)[rows].float()
+        got = out.reshape(batch.query.shape)[rows].float()
         errors.append(float((got - expected).norm() / expected.norm()))
     return math.nan if any(math.isnan(each) for each in errors) else max(errors)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cases import FLOAT8, Batch, Case, Rows
+from cases import FLOAT8, Batch, Rows
 from torch import Tensor
 
 import paged_ops  # noqa: F401  (registers the operators)
@@ -29,6 +29,8 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Peer:
+    """A kernel that is compared with, and how its call is prepared."""
+
     name: str
     prepare: Callable[[Batch], Attend]
     paged: bool = True
@@ -391,9 +393,6 @@ WRITERS: dict[str, Callable[[Rows], Write]] = {
 }
 
 
-def all_peers(case: Case, device: torch.device, flex: bool) -> list[Peer]:
-    """The peers for a case; those on dense keys and values last."""
+def attention_peers(device: torch.device, flex: bool) -> list[Peer]:
     peers = CUDA_PEERS if device.type == "cuda" else CPU_PEERS
-    if case.decode and device.type == "cuda":
-        peers = [peer for peer in peers if peer.prepare is not flashinfer_prefill]
     return [*peers, FLEX] if flex else peers

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
+from cases import Rows
+from timing import Call
 from torch import Tensor
 
 try:
@@ -15,13 +17,11 @@ try:
 except ImportError:  # a CPU-only build of PyTorch
     triton = None
 
-Call = Callable[[], object]
-
 if triton is not None:
 
-    @triton.jit
-    def read_tiles(data, sink, num_tiles, TILE: tl.constexpr):  # noqa: ANN001, ANN201
-        """Each program folds every n-th tile into one; all loads of a tile are in flight at once."""
+    @triton.jit(do_not_specialize=["num_tiles"])
+    def read_tiles(data, sink, num_tiles, TILE: tl.constexpr):
+        """Each program folds every n-th tile into one, its loads all in flight at once."""
         folded = tl.zeros([TILE], tl.int64)
         for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
             start = tile.to(tl.int64) * TILE
@@ -66,3 +66,11 @@ def reads(memory: Tensor, num_bytes: int) -> dict[str, Call]:
     if memory.device.type == "cuda" and triton is not None:
         return triton_reads(flat, num_bytes)
     return torch_reads(flat, num_bytes)
+
+
+def copies(batches: Sequence[Rows]) -> list[Call]:
+    """PyTorch's copy of the bytes that each batch writes."""
+    return [
+        functools.partial(source.clone().copy_, source)
+        for source in (torch.stack((rows.key, rows.value)) for rows in batches)
+    ]
