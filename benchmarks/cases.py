@@ -145,7 +145,8 @@ def make_batch(case: Case, device: torch.device) -> Batch:
     block_table = torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True)
     ends = torch.tensor((0, *case.query_lens)).cumsum(0, dtype=torch.int32)
     num_tokens = sum(case.query_lens)
-    query = torch.randn(num_tokens, case.num_heads, case.head_size).to(case.dtype).to(device)
+    shape = (num_tokens, case.num_heads, case.head_size)
+    query = torch.randn(shape, dtype=case.dtype, device=device)
     return Batch(
         case,
         query,

@@ -209,7 +209,10 @@ def flashinfer_decode(batch: Batch, *, tensor_cores: bool) -> Attend:
 
     case, cache = batch.case, batch.kv_cache
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        flashinfer_workspace(batch.device), "NHD", use_tensor_cores=tensor_cores
+        flashinfer_workspace(batch.device),
+        "NHD",
+        use_tensor_cores=tensor_cores,
+        backend="fa2" if tensor_cores else "auto",
     )
     wrapper.plan(
         *flashinfer_table(batch),
