@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from cases import (
     FLOAT8,
+    FLOPS_PER_BYTE,
     Batch,
     Case,
     Rows,
@@ -40,7 +41,6 @@ from timing import Call, cuda_graph, host_seconds, in_turn, interleaved, median_
 
 COLD_BYTES = {"cuda": 600e6, "cpu": 200e6}  # several times the last cache
 REPLAY_BYTES = 2e9  # in one CUDA graph: its launch is then not seen
-FLOPS_PER_BYTE = 150  # about what a GPU multiplies in the time of one byte
 
 Contenders = dict[str, list[Call]]
 Results = dict[str, Result]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
+FLOPS_PER_BYTE = 150  # about what a GPU multiplies in the time in which it reads one
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Case:
     def decode(self) -> bool:
         """Whether each sequence has one new token."""
         return set(self.query_lens) == {1}
+
+    @property
+    def prefill(self) -> bool:
+        """Whether it has so many new tokens that arithmetic takes longer than reading."""
+        return self.flops > FLOPS_PER_BYTE * self.kv_bytes
 
     @property
     def uniform(self) -> bool:

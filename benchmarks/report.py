@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from cases import Case
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 OURS = "paged_ops"
 
@@ -72,9 +76,7 @@ def rate(table: Table, us: float) -> str:
 
 def flop_rate(table: Table, us: float) -> str:
     """Of work that is bound by it."""
-    tera = table.case.flops / us / 1e6
-    shown = not table.case.decode and not table.case.write
-    return f"{tera:6.1f} TFLOP/s" if shown else ""
+    return f"{table.case.flops / us / 1e6:6.1f} TFLOP/s" if table.case.prefill else ""
 
 
 def print_case(table: Table) -> None:
@@ -137,27 +139,58 @@ def write_json(
 
 
 def write_png(path: Path, tables: Sequence[Table], about: Mapping[str, object]) -> None:
-    """Bars of the shares of the ceiling, a group for each case."""
+    """Two charts, a group of bars for each case: shares of the ceiling, and arithmetic."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
 
+    charts: list[tuple[list[Table], str, Callable[[Table, str], float]]] = [
+        (
+            [table for table in tables if not table.case.prefill],
+            "time of a plain read (or copy) of the same bytes, as a share of the time taken",
+            Table.share,
+        ),
+        (
+            [table for table in tables if table.case.prefill],
+            "TFLOP/s",
+            lambda table, name: table.case.flops / table.results[name].us / 1e6,
+        ),
+    ]
+    charts = [chart for chart in charts if chart[0]]
     names = list(dict.fromkeys(name for table in tables for name in table.results))
     names = [name for name in names if any(table.has_time(name) for table in tables)]
-    height = 1 / (len(names) + 1)
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.14 * len(tables) * (len(names) + 1)))
-    for index, name in enumerate(names):
-        places = [i for i, table in enumerate(tables) if table.has_time(name)]
-        shares = [tables[i].share(name) for i in places]
-        color = "black" if name == OURS else f"C{index - 1}"
-        axes.barh([i + index * height for i in places], shares, height, label=name, color=color)
-    middle = (len(names) - 1) * height / 2
-    axes.set_yticks([i + middle for i in range(len(tables))], [t.case.name for t in tables])
-    axes.invert_yaxis()
-    axes.axvline(1, color="gray", linewidth=1)
-    axes.set_xlabel("time of a plain read of the same bytes, as a share of the time taken")
-    axes.set_title(f"{about['device']}, PyTorch {about['torch']}")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    rows = [len(chart[0]) for chart in charts]
+    figure, all_axes = pyplot.subplots(
+        len(charts),
+        figsize=(9, 1.5 + 0.12 * sum(rows) * (len(names) + 1)),
+        squeeze=False,
+        height_ratios=rows,
+    )
+    for axes, (shown, label, value) in zip(all_axes.flat, charts, strict=True):
+        draw_bars(axes, shown, names, value)
+        axes.set_xlabel(label)
+    all_axes[0, 0].set_title(f"{about['device']}, PyTorch {about['torch']}")
+    all_axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def draw_bars(
+    axes: Axes,
+    tables: Sequence[Table],
+    names: Sequence[str],
+    value: Callable[[Table, str], float],
+) -> None:
+    """A group of bars for each table, a colour for each contender."""
+    height = 1 / (len(names) + 1)
+    for index, name in enumerate(names):
+        places = [i for i, table in enumerate(tables) if table.has_time(name)]
+        values = [value(tables[i], name) for i in places]
+        color = "black" if name == OURS else f"C{index - 1}"
+        axes.barh([i + index * height for i in places], values, height, label=name, color=color)
+    middle = (len(names) - 1) * height / 2
+    axes.set_yticks([i + middle for i in range(len(tables))], [t.case.name for t in tables])
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.grid(axis="x", linewidth=0.5)
