@@ -76,7 +76,7 @@ def measure(model: Decoder, batch: int, context: int, rounds: int) -> dict[str, 
     weights = sum(each.nbytes for each in model.parameters())
     token = 2 * config.num_layers * config.num_kv_heads * config.head_size * element
     num_bytes = weights + batch * context * token
-    steps = rounds + 3
+    steps = 2 * rounds + 4  # two calls a turn, and two that compile
     compiled = steps_of(compile_step(device), model, batch, context, steps)
     for _ in range(2):  # compiles
         compiled()

@@ -26,18 +26,22 @@ def interleaved(
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """How long one call takes, by the GPU's own clock where there is one."""
+    """How long one call takes, by the GPU's own clock where there is one.
+
+    On a CPU another call comes first: the threads that share the work are awake then.
+    """
     if device.type == "cuda":
-        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        started.record()
+        start.record()
         call()
-        ended.record()
-        ended.synchronize()
-        return 1e-3 * started.elapsed_time(ended)
-    now = time.perf_counter()
+        end.record()
+        end.synchronize()
+        return 1e-3 * start.elapsed_time(end)
     call()
-    return time.perf_counter() - now
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def in_turn(calls: Sequence[Call]) -> Call:
