@@ -110,9 +110,9 @@ def timed_us(
     lengths: dict[str, int] = {}
     failures: dict[str, str] = {}
     work = max(case.kv_bytes, case.flops / FLOPS_PER_BYTE)
-    for name, calls in contenders.items():
+    for index, (name, calls) in enumerate(contenders.items()):
         if device.type != "cuda":
-            runs[name], lengths[name] = in_turn(calls), 1
+            runs[name], lengths[name] = in_turn(calls, index), 1
             continue
         chain = calls * max(1, round(REPLAY_BYTES / work / len(calls)))
         try:

@@ -44,9 +44,12 @@ def seconds_of(call: Call, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def in_turn(calls: Sequence[Call]) -> Call:
-    """A call that is each of these in turn."""
-    turns = itertools.cycle(calls)
+def in_turn(calls: Sequence[Call], first: int) -> Call:
+    """A call that is each of these in turn, from the `first` on.
+
+    Contenders that begin at different calls do not find in a cache what the one before has read.
+    """
+    turns = itertools.islice(itertools.cycle(calls), first % len(calls), None)
     return lambda: next(turns)()
 
 
