@@ -231,7 +231,7 @@ class PagedAttentionManager:
         ids = list(seq_ids)
         decode = isinstance(num_new_tokens, int) and num_new_tokens == 1
         counts = [num_new_tokens] * len(ids) if isinstance(num_new_tokens, int) else num_new_tokens
-        table, lens, starts, slots, positions = self.blocks.step(ids, counts, self.max_blocks)
+        table, lens, starts, slots, positions = self.blocks.batch(ids, counts, self.max_blocks)
         padding = max(pad_to - len(ids), 0)
         num_seqs, num_tokens = len(ids) + padding, sum(counts) + padding
         table.extend(bytes(4 * self.max_blocks * padding))

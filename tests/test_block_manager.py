@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from paged_ops import BlockManager, OutOfBlocks
+from paged_ops import BlockManager, OutOfBlocks, StepBuffers
 
 IDS = st.integers(0, 6)
 
@@ -172,14 +173,14 @@ def test_out_of_blocks_says_how_many():
     [
         (lambda: BlockManager(0, 4), "num_blocks must be at least 1, got 0"),
         (lambda: BlockManager(4, 0), "block_size must be at least 1, got 0"),
-        (lambda: BlockManager(2**31, 1), "num_blocks must be at most 2147483647"),
+        (lambda: BlockManager(2**31, 1), "num_blocks must be at most 2147483646"),
         (
             lambda: BlockManager(4, 4).length(3),
             "seq_id must be of a sequence that was added, got 3",
         ),
         (lambda: BlockManager(4, 4).blocks(3), "got 3"),
         (lambda: BlockManager(4, 4).ref_count(4), "block must be from 0 to 3, got 4"),
-        (lambda: BlockManager(4, 4).step([1], [1], 4), "seq_id must be of a sequence"),
+        (lambda: BlockManager(4, 4).batch([1], [1], 4), "seq_id must be of a sequence"),
     ],
 )
 def test_refused(call, message):
@@ -187,7 +188,7 @@ def test_refused(call, message):
         call()
 
 
-def test_step_refuses_what_does_not_fit():
+def test_batch_refuses_what_does_not_fit():
     manager = BlockManager(8, 2)
     manager.allocate(0, 5)
     for counts, width, message in (
@@ -197,7 +198,7 @@ def test_step_refuses_what_does_not_fit():
         ([1], 2, "max_blocks must hold the 3 blocks of sequence 0, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            manager.step([0], counts, width)
+            manager.batch([0], counts, width)
 
 
 def test_freed_blocks_serve_again():
@@ -207,3 +208,245 @@ def test_freed_blocks_serve_again():
         manager.free(0)
     manager.check()
     assert manager.num_free_blocks == 4
+
+
+def test_reserved_blocks_serve_what_is_appended():
+    manager = BlockManager(4, 2)
+    manager.allocate(0, 1)
+    assert manager.reserve([0], 4) == []
+    assert (manager.length(0), manager.num_free_blocks) == (1, 1)
+    held = manager.blocks(0)
+    for _ in range(5):
+        manager.append([0])
+    assert manager.blocks(0) == held
+    manager.truncate(0, 6)
+    manager.reserve([0], 2)
+    manager.truncate(0, 6)
+    assert manager.num_free_blocks == 1, "a reservation ends with a truncation"
+
+
+def test_reserving_takes_a_shared_block_over():
+    manager = BlockManager(4, 4)
+    manager.allocate(0, 2)
+    manager.fork(0, 1)
+    assert manager.reserve([0], 1) == [(0, 1)]
+    assert manager.append([0]) == []
+
+
+def test_sequences_grow_by_different_numbers():
+    manager = BlockManager(8, 2)
+    for seq_id in range(3):
+        manager.allocate(seq_id, 1)
+    assert manager.append([2, 0], np.array([4, 1])) == []
+    assert [manager.length(seq_id) for seq_id in range(3)] == [2, 1, 5]
+
+
+def test_watermark_is_left_for_those_that_are_there():
+    manager = BlockManager(4, 1, watermark=2)
+    assert manager.can_allocate(4)
+    manager.allocate(0, 1)
+    assert manager.can_allocate(1)
+    assert not manager.can_allocate(2)
+    with pytest.raises(OutOfBlocks) as error:
+        manager.allocate(1, 2)
+    assert (error.value.needed, error.value.free, error.value.evictable) == (4, 3, 0)
+    manager.append([0], 3)
+
+
+def test_prefix_is_shared_and_outlives_its_sequence():
+    manager = BlockManager(8, 4)
+    tokens = list(range(11))
+    manager.allocate(0, 11)
+    assert manager.publish(0, tokens) == 8
+    held = manager.blocks(0)
+    manager.free(0)
+    assert (manager.num_free_blocks, manager.num_evictable_blocks) == (6, 2)
+    assert manager.lookup(tokens) == 8
+    assert manager.lookup(tokens, salt=1) == 0
+    assert manager.lookup([9, *tokens[1:]]) == 0
+    manager.allocate(1, 0)
+    assert manager.share(1, np.array(tokens)) == 8
+    assert manager.blocks(1) == held[:2]
+    assert manager.num_evictable_blocks == 0
+
+
+def test_least_recently_used_prefix_is_evicted_from_its_end():
+    manager = BlockManager(4, 2)
+    for seq_id, tokens in enumerate(([1, 2, 3, 4], [5, 6, 7, 8])):
+        manager.allocate(seq_id, 4)
+        manager.publish(seq_id, tokens)
+    manager.free(1)
+    manager.free(0)
+    manager.allocate(2, 1)
+    assert manager.lookup([5, 6, 7, 8]) == 2
+    manager.append([2], 3)
+    assert manager.lookup([5, 6, 7, 8]) == 0
+    assert manager.lookup([1, 2, 3, 4]) == 4
+    assert manager.state()["prefix"]["blocks_evicted"] == 2
+    with pytest.raises(OutOfBlocks, match="3 needed, 0 free and 2 evictable"):
+        manager.append([2], 5)
+
+
+def test_pinned_prefix_is_not_evicted():
+    manager = BlockManager(4, 2)
+    manager.allocate(0, 4)
+    manager.publish(0, [1, 2, 3, 4])
+    assert manager.pin([1, 2, 3, 4, 5]) == 4
+    manager.free(0)
+    with pytest.raises(OutOfBlocks):
+        manager.allocate(1, 6)
+    assert manager.unpin([1, 2, 3, 4]) == 4
+    manager.allocate(1, 6)
+    assert manager.lookup([1, 2, 3, 4]) == 2
+
+
+def test_writing_into_a_published_block_unpublishes_it():
+    manager = BlockManager(4, 2)
+    manager.allocate(0, 4)
+    manager.publish(0, [1, 2, 3, 4])
+    manager.truncate(0, 3)
+    assert manager.lookup([1, 2, 3, 4]) == 4
+    assert manager.append([0]) == []
+    assert manager.lookup([1, 2, 3, 4]) == 2
+    assert manager.publish(0, [1, 2, 3, 9]) == 4
+    assert manager.lookup([1, 2, 3, 9]) == 4
+
+
+def test_writing_into_a_pinned_block_copies_it():
+    manager = BlockManager(4, 2)
+    manager.allocate(0, 2)
+    manager.publish(0, [1, 2])
+    manager.pin([1, 2])
+    manager.truncate(0, 1)
+    assert manager.append([0]) == [(0, 1)]
+    assert manager.lookup([1, 2]) == 2
+
+
+def test_preempted_sequence_comes_back():
+    manager = BlockManager(4, 2)
+    manager.allocate(0, 5)
+    manager.publish(0, [1, 2, 3, 4])
+    assert manager.preempt(0) == 5
+    assert (manager.length(0), manager.num_free_blocks, manager.num_evictable_blocks) == (0, 2, 2)
+    assert manager.share(0, [1, 2, 3, 4]) == 4
+    manager.append([0])
+    assert manager.length(0) == 5
+
+
+@pytest.fixture
+def step_arrays():
+    return {
+        "block_table": np.full((4, 3), -7, dtype=np.int32),
+        "seq_lens": np.full(4, -7, dtype=np.int32),
+        "slot_mapping": np.full(4, -7),
+        "positions": np.full(4, -7),
+    }
+
+
+def test_step_appends_and_describes(step_arrays):
+    manager = BlockManager(8, 2)
+    buffers = StepBuffers(**step_arrays)
+    manager.allocate(5, 3)
+    manager.allocate(6, 2)
+    assert manager.step([6, 5], buffers) == []
+    assert [manager.length(5), manager.length(6)] == [4, 3]
+    assert step_arrays["seq_lens"].tolist() == [3, 4, 0, 0]
+    assert step_arrays["positions"].tolist() == [2, 3, 0, 0]
+    (_, last), (_, second) = manager.blocks(6), manager.blocks(5)
+    assert step_arrays["slot_mapping"].tolist() == [2 * last, 2 * second + 1, -1, -1]
+    assert step_arrays["block_table"][0].tolist() == [*manager.blocks(6), -7]
+    assert step_arrays["block_table"][1].tolist() == [*manager.blocks(5), -7]
+
+
+def test_step_writes_what_has_changed_alone(step_arrays):
+    manager = BlockManager(12, 2)
+    buffers = StepBuffers(**step_arrays)
+    table = step_arrays["block_table"]
+    manager.allocate(0, 2)
+    manager.step([0], buffers)
+    table[0, :2] = 99
+    manager.step([0], buffers)
+    assert table[0].tolist() == [99, 99, -7]
+    manager.step([0], buffers)
+    assert table[0].tolist() == [99, 99, manager.blocks(0)[2]]
+    manager.fork(0, 1)
+    assert len(manager.step([0], buffers)) == 1
+    assert table[0].tolist() == manager.blocks(0), "a copied block makes the row anew"
+    manager.truncate(0, 1)
+    manager.allocate(2, 3)
+    manager.step([2, 0], buffers)
+    assert table[0, :2].tolist() == manager.blocks(2)
+    assert table[1, :1].tolist() == manager.blocks(0)
+    manager.free(2)
+    manager.allocate(2, 3)
+    manager.step([2], buffers)
+    assert table[0, :2].tolist() == manager.blocks(2), "of the same name, and another sequence"
+    assert step_arrays["seq_lens"].tolist() == [4, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("block_table", np.zeros(4, dtype=np.int32)),
+        ("block_table", np.zeros((4, 3), dtype=np.int64)),
+        ("block_table", np.zeros((4, 6), dtype=np.int32)[:, ::2]),
+        ("seq_lens", np.zeros(3, dtype=np.int32)),
+        ("slot_mapping", np.zeros(4, dtype=np.float64)),
+        ("positions", [0, 0, 0, 0]),
+        ("positions", bytes(32)),
+    ],
+)
+def test_step_buffers_refuse(step_arrays, name, array):
+    with pytest.raises(ValueError, match=f"{name} must be a writable, contiguous array of int"):
+        StepBuffers(**{**step_arrays, name: array})
+
+
+@pytest.mark.parametrize("tokens", [[1.5, 2], ["a"], [2**63], np.zeros((2, 2), dtype=np.int64), 7])
+def test_tokens_are_integers(tokens):
+    with pytest.raises(TypeError):
+        BlockManager(4, 4).lookup(tokens)
+
+
+def test_tokens_of_any_kind_are_the_same():
+    manager = BlockManager(4, 2)
+    manager.allocate(0, 4)
+    manager.publish(0, [1, 2, -3, 4])
+    for kind in (list, tuple, np.int64, np.int32):
+        tokens = np.array([1, 2, -3, 4], dtype=kind) if kind in (np.int64, np.int32) else None
+        assert manager.lookup(kind([1, 2, -3, 4]) if tokens is None else tokens) == 4
+    assert manager.lookup(range(1, 5)) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, b: m.truncate(0, 4), "num_tokens must be at most 3, got 4"),
+        (lambda m, b: m.truncate(0, -1), "num_tokens must be at least 0, got -1"),
+        (lambda m, b: m.reserve([0], 0), "num_tokens must be at least 1, got 0"),
+        (lambda m, b: m.append([0], [1, 1]), "one entry for each of the 1 sequences, got 2"),
+        (lambda m, b: m.append([0], 2**31), "num_tokens must be at most 2147483644"),
+        (lambda m, b: m.share(0, [1, 2]), "without tokens and blocks, got 0 with 3 tokens in 2"),
+        (lambda m, b: m.publish(0, [1, 2, 3, 4]), "number of tokens must be at most 3, got 4"),
+        (lambda m, b: m.publish(0, [1, 2], salt=-1), "salt must be at least 0, got -1"),
+        (lambda m, b: m.publish(0, [1, 2], salt=3), "the one that the sequence began with, 0"),
+        (lambda m, b: m.pin([1, 2, 3, 4]), "cached in all of their 2 full blocks, got 1"),
+        (lambda m, b: m.unpin([1, 2]), "pinned in all of their 1 full blocks, got 0"),
+        (lambda m, b: m.step([0, 0], b), "seq_ids must name each sequence once, got 0 twice"),
+        (lambda m, b: m.step(range(5), b), "got 1"),
+        (lambda m, b: (m.append([0], 3), m.step([0], b)), "columns for the 4 blocks of sequence 0"),
+    ],
+)
+def test_wrong_numbers_are_refused(step_arrays, call, message):
+    manager = BlockManager(8, 2)
+    manager.allocate(0, 3)
+    manager.publish(0, [1, 2])
+    with pytest.raises(ValueError, match=message):
+        call(manager, StepBuffers(**step_arrays))
+    manager.check()
+
+
+def test_large_pool():
+    manager = BlockManager(8_000_000, 16)
+    manager.allocate(0, 128_000_000)
+    manager.free(0)
+    assert manager.num_free_blocks == 8_000_000

@@ -1,196 +1,311 @@
 #include "block_manager.h"
 
 #include <algorithm>
-#include <limits>
+#include <atomic>
 #include <string>
-#include <unordered_set>
 
 namespace paged_ops {
 namespace {
 
-[[noreturn]] void refuse(const std::string& argument, const std::string& expected,
-                         const std::string& got) {
-  throw std::invalid_argument(argument + " must " + expected + ", got " + got);
+constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max() - 1;
+constexpr int64_t kLargestBlock = int64_t{1} << 20;
+
+// No two block lists have the same one, of whichever manager: StepBuffers may serve several.
+uint64_t new_stamp() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
 }
 
-void require_at_least(const char* argument, int64_t smallest, int64_t value) {
-  if (value < smallest) {
-    refuse(argument, "be at least " + std::to_string(smallest), std::to_string(value));
-  }
+int64_t checked_size(const char* argument, int64_t largest, int64_t value) {
+  require_at_least(argument, 1, value);
+  require_at_most(argument, largest, value);
+  return value;
 }
 
-void require_invariant(bool holds, const char* what) {
-  if (!holds) {
-    throw std::logic_error(std::string("BlockManager: broken invariant: ") + what +
-                           "; please report this");
-  }
+int64_t checked_watermark(int64_t num_blocks, int64_t value) {
+  require_at_least("watermark", 0, value);
+  require_at_most("watermark", num_blocks, value);
+  return value;
 }
 
 }  // namespace
 
-OutOfBlocks::OutOfBlocks(int64_t needed_blocks, int64_t free_blocks)
-    : std::runtime_error("out of blocks: " + std::to_string(needed_blocks) + " needed, " +
-                         std::to_string(free_blocks) + " free"),
-      needed(needed_blocks),
-      free(free_blocks) {}
-
-BlockManager::BlockManager(int64_t num_blocks, int64_t block_size) : block_size_(block_size) {
-  require_at_least("num_blocks", 1, num_blocks);
-  require_at_least("block_size", 1, block_size);
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  if (num_blocks > kMost) {
-    refuse("num_blocks", "be at most " + std::to_string(kMost), std::to_string(num_blocks));
-  }
-  ref_counts_.resize(num_blocks, 0);
-  free_.resize(num_blocks);
-  // Block 0 is on top of the stack.
-  for (int64_t i = 0; i < num_blocks; ++i) free_[i] = static_cast<int32_t>(num_blocks - 1 - i);
-}
+BlockManager::BlockManager(int64_t num_blocks, int64_t block_size, int64_t watermark)
+    : block_size_(checked_size("block_size", kLargestBlock, block_size)),
+      watermark_(checked_watermark(checked_size("num_blocks", kMostBlocks, num_blocks), watermark)),
+      pool_(num_blocks),
+      cache_(num_blocks, block_size) {}
 
 void BlockManager::allocate(int64_t seq_id, int64_t num_tokens) {
+  const Lock lock(mutex_);
   require_new(seq_id);
   require_at_least("num_tokens", 0, num_tokens);
+  require_at_most("num_tokens", kMostTokens, num_tokens);
   const int64_t needed = blocks_for(num_tokens);
-  require_free(needed);
-  Sequence& sequence = sequences_[seq_id];
+  require_blocks(needed + kept_back());
+  std::vector<int32_t> blocks;
+  blocks.reserve(needed);
+  Sequence& sequence = add(seq_id);
+  sequence.blocks = std::move(blocks);
   sequence.length = num_tokens;
-  sequence.blocks.reserve(needed);
   for (int64_t i = 0; i < needed; ++i) sequence.blocks.push_back(take());
 }
 
-std::vector<BlockPair> BlockManager::append(const std::vector<int64_t>& seq_ids,
-                                            int64_t num_tokens) {
-  require_at_least("num_tokens", 1, num_tokens);
-  require_distinct(seq_ids);
-  require_free(blocks_to_append(seq_ids, num_tokens));
-  std::vector<BlockPair> copies;
-  for (const int64_t seq_id : seq_ids) {
-    Sequence& sequence = sequences_.at(seq_id);
-    if (writes_shared_block(sequence)) {
-      int32_t& last = sequence.blocks.back();
-      const int32_t own = take();
-      copies.push_back({last, own});
-      release(last);
-      last = own;
-    }
-    sequence.length += num_tokens;
-    while (static_cast<int64_t>(sequence.blocks.size()) < blocks_for(sequence.length)) {
-      sequence.blocks.push_back(take());
-    }
-  }
+bool BlockManager::can_allocate(int64_t num_tokens) const {
+  const Lock lock(mutex_);
+  require_at_least("num_tokens", 0, num_tokens);
+  const int64_t available = pool_.num_free() + pool_.num_evictable() - kept_back();
+  return num_tokens <= kMostTokens && blocks_for(num_tokens) <= available;
+}
+
+std::vector<BlockPair> BlockManager::append(Ids seq_ids, Span<const int64_t> num_tokens) {
+  const Lock lock(mutex_);
+  resolve(seq_ids);
+  plan_growth(num_tokens);
+  std::vector<BlockPair> copies = hold_growth(num_tokens);
+  for (size_t i = 0; i < named_.size(); ++i) slots_[named_[i]].length += num_tokens[i];
   return copies;
 }
 
+std::vector<BlockPair> BlockManager::append(Ids seq_ids, int64_t num_tokens) {
+  require_at_least("num_tokens", 1, num_tokens);
+  const std::vector<int64_t> each(seq_ids.size, num_tokens);
+  return append(seq_ids, {each.data(), seq_ids.size});
+}
+
+std::vector<BlockPair> BlockManager::reserve(Ids seq_ids, int64_t num_tokens) {
+  require_at_least("num_tokens", 1, num_tokens);
+  const Lock lock(mutex_);
+  resolve(seq_ids);
+  const std::vector<int64_t> each(seq_ids.size, num_tokens);
+  const Span<const int64_t> growth{each.data(), seq_ids.size};
+  plan_growth(growth);
+  return hold_growth(growth);
+}
+
+void BlockManager::truncate(int64_t seq_id, int64_t num_tokens) {
+  const Lock lock(mutex_);
+  Sequence& sequence = find(seq_id);
+  require_at_least("num_tokens", 0, num_tokens);
+  require_at_most("num_tokens", sequence.length, num_tokens);
+  drop_blocks(&sequence, blocks_for(num_tokens));
+  sequence.length = num_tokens;
+  if (num_tokens / block_size_ < sequence.published_blocks) {
+    sequence.published_blocks = 0;  // the next publish follows the cache from the start
+  }
+}
+
 void BlockManager::fork(int64_t parent_id, int64_t child_id) {
-  const Sequence copy = find(parent_id);
+  const Lock lock(mutex_);
+  Sequence copy = find(parent_id);
   require_new(child_id);
-  for (const int32_t block : copy.blocks) ++ref_counts_[block];
-  sequences_.emplace(child_id, copy);
+  copy.blocks.resize(blocks_for(copy.length));
+  Sequence& child = add(child_id);
+  copy.seq_id = child_id;
+  copy.stamp = child.stamp;
+  child = std::move(copy);
+  for (const int32_t block : child.blocks) pool_.hold(block);
+}
+
+int64_t BlockManager::preempt(int64_t seq_id) {
+  const Lock lock(mutex_);
+  Sequence& sequence = find(seq_id);
+  const int64_t length = sequence.length;
+  drop_blocks(&sequence, 0);
+  sequence.length = 0;
+  sequence.published_blocks = 0;
+  return length;
 }
 
 void BlockManager::free(int64_t seq_id) {
-  const Sequence& sequence = find(seq_id);
-  // From the back, so that the first block is on top of the stack again.
-  std::for_each(sequence.blocks.rbegin(), sequence.blocks.rend(),
-                [this](int32_t block) { release(block); });
-  sequences_.erase(seq_id);
+  const Lock lock(mutex_);
+  const int32_t slot = slot_of(seq_id);
+  free_slots_.push_back(slot);
+  drop_blocks(&slots_[slot], 0);
+  slots_[slot] = {};
+  slot_of_.erase(seq_id);
 }
 
-void BlockManager::write_step(const std::vector<int64_t>& seq_ids,
-                              const std::vector<int64_t>& num_new_tokens,
-                              const StepBuffers& buffers) const {
-  int64_t token = 0;
-  buffers.query_start_loc[0] = 0;
-  for (size_t i = 0; i < seq_ids.size(); ++i) {
-    const Sequence& sequence = find(seq_ids[i]);
-    std::copy(sequence.blocks.begin(), sequence.blocks.end(),
-              buffers.block_table + static_cast<int64_t>(i) * buffers.max_blocks);
-    buffers.seq_lens[i] = static_cast<int32_t>(sequence.length);
-    for (int64_t position = sequence.length - num_new_tokens[i]; position < sequence.length;
-         ++position, ++token) {
-      const int64_t block = sequence.blocks[position / block_size_];
-      buffers.slot_mapping[token] = block * block_size_ + position % block_size_;
-      buffers.positions[token] = position;
-    }
-    buffers.query_start_loc[i + 1] = static_cast<int32_t>(token);
-  }
+int64_t BlockManager::num_free_blocks() const {
+  const Lock lock(mutex_);
+  return pool_.num_free();
+}
+
+int64_t BlockManager::num_evictable_blocks() const {
+  const Lock lock(mutex_);
+  return pool_.num_evictable();
+}
+
+int64_t BlockManager::num_sequences() const {
+  const Lock lock(mutex_);
+  return static_cast<int64_t>(slot_of_.size());
+}
+
+bool BlockManager::contains(int64_t seq_id) const {
+  const Lock lock(mutex_);
+  return slot_of_.count(seq_id) > 0;
+}
+
+int64_t BlockManager::length(int64_t seq_id) const {
+  const Lock lock(mutex_);
+  return find(seq_id).length;
+}
+
+std::vector<int32_t> BlockManager::blocks(int64_t seq_id) const {
+  const Lock lock(mutex_);
+  return find(seq_id).blocks;
 }
 
 int32_t BlockManager::ref_count(int64_t block) const {
-  if (block < 0 || block >= num_blocks()) {
-    refuse("block", "be from 0 to " + std::to_string(num_blocks() - 1), std::to_string(block));
+  const Lock lock(mutex_);
+  if (block < 0 || block >= pool_.size()) {
+    refuse("block", "be from 0 to " + std::to_string(pool_.size() - 1), std::to_string(block));
   }
-  return ref_counts_[block];
+  return pool_.holders(static_cast<int32_t>(block));
 }
 
-void BlockManager::check() const {
-  std::vector<int32_t> held(ref_counts_.size(), 0);
-  for (const auto& [seq_id, sequence] : sequences_) {
-    require_invariant(static_cast<int64_t>(sequence.blocks.size()) == blocks_for(sequence.length),
-                      "a sequence has as many blocks as its length needs");
-    for (const int32_t block : sequence.blocks) ++held[block];
-  }
-  require_invariant(held == ref_counts_, "a block is counted once for each sequence that holds it");
-  for (const int32_t block : free_) {
-    require_invariant(held[block] == 0, "a block is either held or free");
-    held[block] = -1;
-  }
-  require_invariant(std::count(held.begin(), held.end(), 0) == 0, "no block is lost");
-}
-
-const BlockManager::Sequence& BlockManager::find(int64_t seq_id) const {
-  const auto found = sequences_.find(seq_id);
-  if (found == sequences_.end()) {
+int32_t BlockManager::slot_of(int64_t seq_id) const {
+  const auto found = slot_of_.find(seq_id);
+  if (found == slot_of_.end()) {
     refuse("seq_id", "be of a sequence that was added", std::to_string(seq_id));
   }
   return found->second;
 }
 
-void BlockManager::require_new(int64_t seq_id) const {
-  if (contains(seq_id)) refuse("seq_id", "be new", std::to_string(seq_id) + ", which is in use");
+BlockManager::Sequence& BlockManager::add(int64_t seq_id) {
+  if (free_slots_.empty()) {
+    free_slots_.push_back(static_cast<int32_t>(slots_.size()));
+    slots_.emplace_back();
+  }
+  const int32_t slot = free_slots_.back();
+  slot_of_.emplace(seq_id, slot);
+  free_slots_.pop_back();
+  slots_[slot].seq_id = seq_id;
+  slots_[slot].stamp = new_stamp();
+  return slots_[slot];
 }
 
-void BlockManager::require_distinct(const std::vector<int64_t>& seq_ids) const {
-  std::unordered_set<int64_t> seen;
+void BlockManager::require_new(int64_t seq_id) const {
+  if (slot_of_.count(seq_id) > 0) {
+    refuse("seq_id", "be new", std::to_string(seq_id) + ", which is in use");
+  }
+}
+
+void BlockManager::require_blocks(int64_t needed) const {
+  if (needed > pool_.num_free() + pool_.num_evictable()) {
+    throw OutOfBlocks(needed, pool_.num_free(), pool_.num_evictable());
+  }
+}
+
+void BlockManager::resolve(Ids seq_ids) const {
+  ++visit_;
+  named_.clear();
   for (const int64_t seq_id : seq_ids) {
-    find(seq_id);
-    if (!seen.insert(seq_id).second) {
+    const int32_t slot = slot_of(seq_id);
+    if (slots_[slot].visit == visit_) {
       refuse("seq_ids", "name each sequence once", std::to_string(seq_id) + " twice");
     }
+    slots_[slot].visit = visit_;
+    named_.push_back(slot);
   }
 }
 
-void BlockManager::require_free(int64_t needed) const {
-  if (needed > num_free_blocks()) throw OutOfBlocks(needed, num_free_blocks());
-}
-
-int64_t BlockManager::blocks_to_append(const std::vector<int64_t>& seq_ids,
-                                       int64_t num_tokens) const {
+// All that can fail, for the sequences that the call names: the numbers, the blocks, the memory.
+void BlockManager::plan_growth(Span<const int64_t> num_tokens) {
+  require_one_each("num_tokens", num_tokens);
   int64_t needed = 0;
   std::unordered_map<int32_t, int32_t> writers;  // of shared blocks
-  for (const int64_t seq_id : seq_ids) {
-    const Sequence& sequence = find(seq_id);
-    needed += blocks_for(sequence.length + num_tokens) - blocks_for(sequence.length);
-    if (writes_shared_block(sequence)) ++writers[sequence.blocks.back()];
+  for (size_t i = 0; i < named_.size(); ++i) {
+    Sequence& sequence = slots_[named_[i]];
+    require_length(sequence, num_tokens[i]);
+    const int64_t wanted = blocks_for(sequence.length + num_tokens[i]);
+    const int64_t held = static_cast<int64_t>(sequence.blocks.size());
+    if (wanted > held) needed += wanted - held;
+    if (wanted > static_cast<int64_t>(sequence.blocks.capacity())) {
+      sequence.blocks.reserve(std::max(wanted, 2 * held));
+    }
+    if (writes_last_block(sequence)) {
+      const int32_t block = last_written_block(&sequence);
+      if (pool_.holders(block) > 1) ++writers[block];
+    }
   }
   // Whoever writes last, when all others have left, keeps the block.
-  for (const auto& [block, count] : writers) needed += std::min(count, ref_counts_[block] - 1);
-  return needed;
+  for (const auto& [block, count] : writers) needed += std::min(count, pool_.holders(block) - 1);
+  require_blocks(needed);
 }
 
-bool BlockManager::writes_shared_block(const Sequence& sequence) const {
-  return sequence.length % block_size_ != 0 && ref_counts_[sequence.blocks.back()] > 1;
+std::vector<BlockPair> BlockManager::hold_growth(Span<const int64_t> num_tokens) {
+  std::vector<BlockPair> copies;
+  for (size_t i = 0; i < named_.size(); ++i) {
+    Sequence& sequence = slots_[named_[i]];
+    if (writes_last_block(sequence)) own_last_block(&sequence, &copies);
+    hold_blocks(&sequence, blocks_for(sequence.length + num_tokens[i]));
+  }
+  return copies;
+}
+
+void BlockManager::require_one_each(const char* argument, Span<const int64_t> numbers) const {
+  if (numbers.size != static_cast<int64_t>(named_.size())) {
+    refuse(argument,
+           "have one entry for each of the " + std::to_string(named_.size()) + " sequences",
+           std::to_string(numbers.size));
+  }
+}
+
+void BlockManager::require_length(const Sequence& sequence, int64_t num_tokens) const {
+  require_at_least("num_tokens", 1, num_tokens);
+  require_at_most("num_tokens", kMostTokens - sequence.length, num_tokens);
+}
+
+// Whether the next token goes to a block that holds tokens already.
+bool BlockManager::writes_last_block(const Sequence& sequence) const {
+  return sequence.length % block_size_ != 0;
+}
+
+int32_t& BlockManager::last_written_block(Sequence* sequence) const {
+  return sequence->blocks[sequence->length / block_size_];
+}
+
+// Makes it safe to write where the last token lies: for the others that hold the block, and for the
+// prefix cache, which a truncated sequence may have published it to.
+void BlockManager::own_last_block(Sequence* sequence, std::vector<BlockPair>* copies) {
+  int32_t& block = last_written_block(sequence);
+  if (pool_.holders(block) > 1) {
+    const int32_t own = take();
+    copies->push_back({block, own});
+    pool_.release(block);
+    block = own;
+    sequence->stamp = new_stamp();
+  } else if (pool_.is_cached(block)) {
+    forget(block);
+  }
+}
+
+void BlockManager::hold_blocks(Sequence* sequence, int64_t count) {
+  while (static_cast<int64_t>(sequence->blocks.size()) < count) sequence->blocks.push_back(take());
+}
+
+// From the back: then the first block is on top of the free list again, and of a cached prefix the
+// end is evicted before what it follows.
+void BlockManager::drop_blocks(Sequence* sequence, int64_t kept) {
+  std::vector<int32_t>& blocks = sequence->blocks;
+  if (static_cast<int64_t>(blocks.size()) <= kept) return;
+  for (auto block = blocks.rbegin(); block != blocks.rend() - kept; ++block) pool_.release(*block);
+  blocks.resize(kept);
+  sequence->stamp = new_stamp();
 }
 
 int32_t BlockManager::take() {
-  const int32_t block = free_.back();
-  free_.pop_back();
-  ref_counts_[block] = 1;
-  return block;
+  if (pool_.num_free() == 0) {
+    forget(pool_.least_recently_used());
+    ++prefix_.blocks_evicted;
+  }
+  return pool_.take();
 }
 
-void BlockManager::release(int32_t block) {
-  if (--ref_counts_[block] == 0) free_.push_back(block);
+void BlockManager::forget(int32_t block) {
+  cache_.erase(block);
+  pool_.set_cached(block, false);
 }
 
 }  // namespace paged_ops

@@ -1,0 +1,133 @@
+#include "prefix_cache.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "errors.h"
+
+namespace paged_ops {
+namespace {
+
+constexpr int64_t kChunk = 1024;  // blocks
+constexpr int64_t kAhead = 16;    // blocks whose places are loaded while the next are hashed
+constexpr uint64_t kFirstId = uint64_t{1} << 63;  // salts are below
+
+__extension__ typedef unsigned __int128 uint128_t;
+
+uint64_t low(uint128_t x) { return static_cast<uint64_t>(x); }
+uint64_t high(uint128_t x) { return static_cast<uint64_t>(x >> 64); }
+
+uint128_t multiply(uint64_t a, uint64_t b) { return static_cast<uint128_t>(a) * b; }
+
+// Every bit of the result depends on every bit of x.
+uint64_t scramble(uint64_t x) {
+  const uint128_t once = multiply(x ^ 0x9e3779b97f4a7c15u, 0xd1342543de82ef95u);
+  const uint128_t twice = multiply(low(once) ^ high(once), 0xaf251af3b0f025b5u);
+  return low(twice) ^ high(twice);
+}
+
+}  // namespace
+
+PrefixCache::PrefixCache(int64_t num_blocks, int64_t block_size)
+    : block_size_(block_size),
+      keys_(block_size + block_size % 2),
+      chunks_((num_blocks + kChunk - 1) / kChunk),
+      next_id_(kFirstId) {
+  for (size_t i = 0; i < keys_.size(); ++i) keys_[i] = scramble(i + 1);
+}
+
+Chain PrefixCache::begin(int64_t salt) {
+  require_at_least("salt", 0, salt);
+  const uint64_t root = static_cast<uint64_t>(salt);
+  return {{scramble(root), scramble(~root)}, root};
+}
+
+// Within a block the tokens are hashed independently of what precedes, so that the processor works
+// on several blocks at once: the function NH of Black et al., "UMAC: Fast and Secure Message
+// Authentication" (1999), sums products of pairs, each token shifted by its place's key. The sum is
+// then chained.
+Hash128 PrefixCache::extend(Hash128 hash, const int64_t* tokens) const {
+  uint128_t sum = 0;
+  const int64_t even = block_size_ - block_size_ % 2;
+  for (int64_t i = 0; i < even; i += 2) {
+    sum += multiply(static_cast<uint64_t>(tokens[i]) + keys_[i],
+                    static_cast<uint64_t>(tokens[i + 1]) + keys_[i + 1]);
+  }
+  if (even < block_size_) {
+    sum += multiply(static_cast<uint64_t>(tokens[even]) + keys_[even], keys_[even + 1]);
+  }
+  const uint64_t first = scramble(hash.low ^ low(sum));
+  return {first ^ hash.high, scramble(hash.high ^ high(sum)) + first};
+}
+
+std::vector<int32_t> PrefixCache::match(Span<const int64_t> tokens, Chain* chain) const {
+  const int64_t num_blocks = tokens.size / block_size_;
+  std::vector<int32_t> blocks;
+  Hash128 hashes[kAhead];
+  for (int64_t first = 0; first < num_blocks; first += kAhead) {
+    const int64_t count = std::min(kAhead, num_blocks - first);
+    Hash128 hash = chain->hash;
+    for (int64_t i = 0; i < count; ++i) {
+      hash = hashes[i] = extend(hash, tokens.data + (first + i) * block_size_);
+      table_.prefetch(hash);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t block = table_.find(hashes[i]);
+      const int64_t* wanted = tokens.data + (first + i) * block_size_;
+      if (block < 0 || !holds(block, wanted, chain->last)) return blocks;
+      blocks.push_back(block);
+      *chain = {hashes[i], entry(block).id};
+    }
+  }
+  return blocks;
+}
+
+PrefixCache::Place PrefixCache::find(const int64_t* tokens, const Chain& chain) const {
+  const Hash128 hash = extend(chain.hash, tokens);
+  const int32_t block = table_.find(hash);
+  return {hash, block, block >= 0 && holds(block, tokens, chain.last)};
+}
+
+void PrefixCache::insert(int32_t block, const int64_t* tokens, Hash128 hash, Chain* chain) {
+  Chunk& chunk = chunk_of(block);
+  table_.insert(hash, block);
+  const int64_t place = block % kChunk;
+  std::copy_n(tokens, block_size_, &chunk.tokens[place * block_size_]);
+  chunk.entries[place] = {hash, next_id_++, chain->last};
+  *chain = ending_with(block);
+}
+
+void PrefixCache::erase(int32_t block) { table_.erase(entry(block).hash); }
+
+Chain PrefixCache::ending_with(int32_t block) const { return {entry(block).hash, entry(block).id}; }
+
+void PrefixCache::check(int32_t block) const {
+  require_invariant(chunks_[block / kChunk] && table_.find(entry(block).hash) == block,
+                    "a cached block is found by its hash");
+  require_invariant(entry(block).previous < entry(block).id,
+                    "a prefix is cached before what follows");
+}
+
+PrefixCache::Chunk& PrefixCache::chunk_of(int32_t block) {
+  std::unique_ptr<Chunk>& chunk = chunks_[block / kChunk];
+  if (!chunk) {
+    chunk = std::make_unique<Chunk>(
+        Chunk{std::vector<Entry>(kChunk), std::vector<int64_t>(kChunk * block_size_)});
+  }
+  return *chunk;
+}
+
+const PrefixCache::Entry& PrefixCache::entry(int32_t block) const {
+  return chunks_[block / kChunk]->entries[block % kChunk];
+}
+
+const int64_t* PrefixCache::tokens(int32_t block) const {
+  return &chunks_[block / kChunk]->tokens[block % kChunk * block_size_];
+}
+
+bool PrefixCache::holds(int32_t block, const int64_t* wanted, uint64_t previous) const {
+  return entry(block).previous == previous &&
+         std::memcmp(tokens(block), wanted, block_size_ * sizeof(int64_t)) == 0;
+}
+
+}  // namespace paged_ops

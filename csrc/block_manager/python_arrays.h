@@ -1,0 +1,109 @@
+// Numbers from Python: arrays are read where they lie, lists without a call of Python code.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "span.h"
+
+namespace paged_ops {
+
+// A view of an object's memory for as long as this lives; to be made and destroyed with the GIL.
+class BufferView {
+ public:
+  BufferView() = default;
+  BufferView(pybind11::handle object, int flags) { open(object, flags); }
+  BufferView(const BufferView&) = delete;
+  BufferView& operator=(const BufferView&) = delete;
+  ~BufferView() { PyBuffer_Release(&view_); }
+
+  // False, with no Python error set, if the object has no such memory.
+  bool open(pybind11::handle object, int flags) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, flags) == 0) return true;
+    PyErr_Clear();
+    return false;
+  }
+
+  const Py_buffer& operator*() const { return view_; }
+
+  // Signed integers of so many bytes each.
+  bool holds_integers(int64_t bytes) const {
+    const std::string format = view_.format == nullptr ? "B" : view_.format;
+    return view_.itemsize == bytes && (format == "i" || format == "l" || format == "q");
+  }
+
+ private:
+  Py_buffer view_{};
+};
+
+// A list, tuple, range or other sequence of int, or an array of int64 or int32 with one dimension.
+class IntegerArray {
+ public:
+  Span<const int64_t> span() const { return span_; }
+
+  bool load(pybind11::handle source) {
+    if (PyObject_CheckBuffer(source.ptr())) return load_buffer(source);
+    return PySequence_Check(source.ptr()) && load_sequence(source);
+  }
+
+ private:
+  bool load_buffer(pybind11::handle source) {
+    if (!view_.open(source, PyBUF_ND | PyBUF_FORMAT) || (*view_).ndim != 1) return false;
+    const int64_t size = (*view_).shape[0];
+    if (view_.holds_integers(sizeof(int64_t))) {
+      span_ = {static_cast<const int64_t*>((*view_).buf), size};
+      return true;
+    }
+    if (!view_.holds_integers(sizeof(int32_t))) return false;
+    const auto* narrow = static_cast<const int32_t*>((*view_).buf);
+    own(std::vector<int64_t>(narrow, narrow + size));
+    return true;
+  }
+
+  bool load_sequence(pybind11::handle source) {
+    const auto items =
+        pybind11::reinterpret_steal<pybind11::object>(PySequence_Fast(source.ptr(), ""));
+    if (!items) return fail();
+    std::vector<int64_t> numbers(PySequence_Fast_GET_SIZE(items.ptr()));
+    PyObject** const objects = PySequence_Fast_ITEMS(items.ptr());
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      numbers[i] = PyLong_AsLongLong(objects[i]);
+      if (numbers[i] == -1 && PyErr_Occurred()) return fail();
+    }
+    own(std::move(numbers));
+    return true;
+  }
+
+  bool fail() {
+    PyErr_Clear();
+    return false;
+  }
+
+  void own(std::vector<int64_t> numbers) {
+    numbers_ = std::move(numbers);
+    span_ = {numbers_.data(), static_cast<int64_t>(numbers_.size())};
+  }
+
+  BufferView view_;
+  std::vector<int64_t> numbers_;
+  Span<const int64_t> span_{nullptr, 0};
+};
+
+}  // namespace paged_ops
+
+template <>
+struct pybind11::detail::type_caster<paged_ops::IntegerArray> {
+  static constexpr auto name = const_name("Sequence[int]");
+  template <typename T>
+  using cast_op_type = const paged_ops::IntegerArray&;
+
+  bool load(handle source, bool) { return array_.load(source); }
+  operator const paged_ops::IntegerArray&() { return array_; }
+
+ private:
+  paged_ops::IntegerArray array_;
+};
