@@ -53,11 +53,17 @@ class BlockManager:
         OutOfBlocks: too few free and evictable blocks.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, watermark: int = 0) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, watermark: int = 0, max_seq_len: int = 2147483647
+    ) -> None:
         """Manage ``num_blocks`` blocks of ``block_size`` tokens each, all of them free.
 
-        ``watermark`` is how many blocks ``allocate`` leaves for the sequences that are there, so
-        that they can grow; without any it leaves none.
+        Args:
+            num_blocks: from 1 to 2147483646.
+            block_size: from 1 to 1048576.
+            watermark: how many blocks ``allocate`` leaves for the sequences that are there, so that
+                they can grow; without any it leaves none.
+            max_seq_len: tokens that the longest sequence may have.
         """
 
     def allocate(self, seq_id: int, num_tokens: int) -> None:
@@ -192,6 +198,8 @@ class BlockManager:
     def block_size(self) -> int: ...
     @property
     def watermark(self) -> int: ...
+    @property
+    def max_seq_len(self) -> int: ...
     @property
     def num_free_blocks(self) -> int: ...
     @property

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from paged_ops import ops
 from paged_ops._block_manager import BlockManager
+from paged_ops.step_tensors import StepTensors
+from paged_ops.swap import Swapped, SwapSpace
 
 _CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -38,7 +40,9 @@ class Batch:
 class PagedAttentionManager:
     """Owns the caches of all layers, and knows where each sequence's tokens lie in them.
 
-    A sequence is known by an id of the caller's choice. Not thread-safe.
+    A sequence is known by an id of the caller's choice. What changes no tensor is asked of
+    ``blocks`` itself: ``blocks.lookup``, ``publish``, ``pin`` and ``unpin`` of prefixes, ``state``
+    and ``check``. The manager belongs to one thread at a time; its ``blocks`` may be shared.
 
     Args:
         num_sequences: how many sequences there can be at a time, the rows of ``block_table``.
@@ -51,6 +55,7 @@ class PagedAttentionManager:
         num_layers: how many caches there are. Each is an allocation of its own.
         max_seq_len: tokens that the longest sequence may have; it decides how wide the block table
             is. By default as many as all blocks hold.
+        watermark: blocks that a new sequence leaves for those that are there.
 
     Attributes:
         blocks: the ``BlockManager``.
@@ -87,6 +92,7 @@ class PagedAttentionManager:
         num_layers: int = 1,
         *,
         max_seq_len: int | None = None,
+        watermark: int = 0,
     ) -> None:
         sizes = {"num_sequences": num_sequences, "num_heads": num_heads, "num_layers": num_layers}
         for name, size in sizes.items():
@@ -96,10 +102,8 @@ class PagedAttentionManager:
             raise ValueError(f"head_size must be from 1 to 256, got {head_size}")
         if dtype not in _CACHE_DTYPES:
             raise ValueError(f"dtype must be one of {_CACHE_DTYPES}, got {dtype}")
-        self.blocks = BlockManager(num_blocks, block_size)
         self.max_seq_len = num_blocks * block_size if max_seq_len is None else max_seq_len
-        if self.max_seq_len < 1:
-            raise ValueError(f"max_seq_len must be at least 1, got {max_seq_len}")
+        self.blocks = BlockManager(num_blocks, block_size, watermark, self.max_seq_len)
         self.max_blocks = self.blocks.blocks_for(self.max_seq_len)
         self.device = torch.device(device)
         shape = (num_blocks, 2, block_size, num_heads, head_size)
@@ -111,6 +115,9 @@ class PagedAttentionManager:
         )
         self._seq_lens = torch.zeros(num_sequences, dtype=torch.int32, device=device)
         self._stale = False  # the two tensors above lag behind
+        self._step_tensors: StepTensors | None = None
+        self._swap_space: SwapSpace | None = None
+        self._swapped: dict[int, Swapped] = {}
 
     def _new_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         cache = torch.zeros(shape, dtype=dtype, device=self.device)
@@ -129,8 +136,8 @@ class PagedAttentionManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that no sequence holds."""
-        return self.blocks.num_free_blocks
+        """Blocks that no sequence holds and no pin; some may still hold a cached prefix."""
+        return self.blocks.num_free_blocks + self.blocks.num_evictable_blocks
 
     @property
     def seq_block_mapping(self) -> dict[int, list[int]]:
@@ -160,37 +167,88 @@ class PagedAttentionManager:
 
     def can_allocate(self, num_tokens: int) -> bool:
         """Whether there are blocks for a new sequence of ``num_tokens`` tokens."""
-        return self.blocks.blocks_for(num_tokens) <= self.num_free_blocks
+        return self.blocks.can_allocate(num_tokens)
 
     def add_sequence(self, seq_id: int, seq_len: int) -> None:
         """Add a sequence and reserve blocks for ``seq_len`` tokens, which may be 0.
 
         The caller writes their keys and values.
         """
-        self._require_length(seq_id, seq_len)
         self._require_row()
         self.blocks.allocate(seq_id, seq_len)
         self._give_row(seq_id)
 
-    def append(self, seq_ids: int | Sequence[int], num_tokens: int = 1) -> None:
-        """Grow one sequence, or each of several, by ``num_tokens`` tokens.
+    def append(self, seq_ids: int | Sequence[int], num_tokens: int | Sequence[int] = 1) -> None:
+        """Grow one sequence, or each of several, by ``num_tokens`` tokens or by its own number.
 
         Blocks that are shared and about to be written are copied, in every layer.
         """
         ids = [seq_ids] if isinstance(seq_ids, int) else list(seq_ids)
-        for seq_id in ids:
-            self._require_length(seq_id, self.blocks.length(seq_id) + num_tokens)
-        pairs = self.blocks.append(ids, num_tokens)
+        self._require_here(ids)
+        self._copy(self.blocks.append(ids, num_tokens))
+
+    def reserve(self, seq_ids: int | Sequence[int], num_tokens: int) -> None:
+        """Hold the blocks of the next ``num_tokens`` tokens of each sequence; lengths stay.
+
+        ``batch`` and ``block_table`` list them, so that a loop on the device may write so many
+        tokens before the host appends them.
+        """
+        ids = [seq_ids] if isinstance(seq_ids, int) else list(seq_ids)
+        self._require_here(ids)
+        self._copy(self.blocks.reserve(ids, num_tokens))
+
+    def truncate(self, seq_id: int, num_tokens: int) -> None:
+        """Keep the first ``num_tokens`` tokens and give up the blocks behind them."""
+        self._require_here([seq_id])
+        self.blocks.truncate(seq_id, num_tokens)
         self._stale = True
-        if pairs:
-            block_pairs = torch.tensor(pairs, dtype=torch.int64).to(self.device)
-            with torch.no_grad():
-                for cache in self.caches:
-                    ops.copy_blocks(cache, block_pairs)
+
+    def share(self, seq_id: int, tokens: Sequence[int], salt: int = 0) -> int:
+        """Begin an empty sequence with the cached blocks of its tokens; see ``blocks.share``."""
+        self._require_here([seq_id])
+        length = self.blocks.share(seq_id, tokens, salt)
+        self._stale = True
+        return length
+
+    def preempt(self, seq_id: int) -> int:
+        """Give up the blocks of a sequence, which stays, empty; returns the length it had.
+
+        Its keys and values have to be computed again, from where ``share`` ends.
+        """
+        self._require_here([seq_id])
+        self._stale = True
+        return self.blocks.preempt(seq_id)
+
+    def swap_out(self, seq_id: int) -> None:
+        """Move the keys and values of a sequence to host memory, and give up its blocks.
+
+        Until ``swap_in`` the sequence can only be freed. Blocks that it shared are copied too, and
+        are its own afterwards.
+        """
+        self._require_here([seq_id])
+        length = self.blocks.length(seq_id)
+        blocks = self.blocks.blocks(seq_id)[: self.blocks.blocks_for(length)]
+        if self._swap_space is None:
+            self._swap_space = SwapSpace(self.device)
+        self._swapped[seq_id] = self._swap_space.save(self.caches, blocks, length)
+        self.blocks.preempt(seq_id)
+        self._stale = True
+
+    def swap_in(self, seq_id: int) -> None:
+        """Take blocks for a sequence that was swapped out, and bring its keys and values back."""
+        swapped = self._swapped.get(seq_id)
+        if swapped is None or self._swap_space is None:
+            raise ValueError(f"seq_id must be of a sequence that was swapped out, got {seq_id}")
+        if swapped.seq_len > 0:
+            self.blocks.append([seq_id], swapped.seq_len)
+            self._swap_space.load(swapped, self.caches, self.blocks.blocks(seq_id))
+        del self._swapped[seq_id]
+        self._stale = True
 
     def fork(self, parent_id: int, child_id: int) -> None:
         """Add a sequence with the tokens of another; their blocks are shared until written."""
         self._require_row()
+        self._require_here([parent_id])
         self.blocks.fork(parent_id, child_id)
         self._give_row(child_id)
 
@@ -198,7 +256,37 @@ class PagedAttentionManager:
         """End a sequence and give up its blocks and its row."""
         self.blocks.free(seq_id)
         self._free_rows.add(self._rows.pop(seq_id))
+        self._swapped.pop(seq_id, None)
         self._stale = True
+
+    def step(self, seq_ids: Sequence[int], *, pad_to: int = 0) -> Batch:
+        """Append one token to each sequence and describe the decode step that writes it.
+
+        Only what has changed is written, on the host, and sent in one asynchronous copy.
+
+        Args:
+            seq_ids: n sequences, in the order of the batch.
+            pad_to: at least so many rows, as in ``batch``; ``num_sequences`` at the most.
+
+        Returns:
+            Tensors whose memory the next ``step`` writes again, always in the same place.
+        """
+        self._require_here(seq_ids)
+        num_sequences = len(self._rows) + len(self._free_rows)
+        rows = max(len(seq_ids), pad_to)
+        if rows > num_sequences:
+            raise ValueError(f"pad_to must be at most num_sequences={num_sequences}, got {rows}")
+        if self._step_tensors is None:
+            self._step_tensors = StepTensors(num_sequences, self.max_blocks, self.device)
+        self._copy(self._step_tensors.step(self.blocks, seq_ids, rows))
+        views = self._step_tensors.on_device
+        return Batch(
+            block_table=views.block_table[:rows],
+            seq_lens=views.seq_lens[:rows],
+            query_start_loc=None,
+            slot_mapping=views.slot_mapping[:rows],
+            positions=views.positions[:rows],
+        )
 
     def slot_mapping(
         self, seq_ids: int | Sequence[int], num_new_tokens: int | Sequence[int] = 1
@@ -265,12 +353,20 @@ class PagedAttentionManager:
             self._block_table[rows] = batch.block_table
         self._stale = False
 
-    def _require_length(self, seq_id: int, seq_len: int) -> None:
-        if seq_len > self.max_seq_len:
-            raise ValueError(
-                f"sequence {seq_id} must have at most max_seq_len={self.max_seq_len} tokens, "
-                f"got {seq_len}"
-            )
+    def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks in every layer: sequences have grown."""
+        self._stale = True
+        if not pairs:
+            return
+        block_pairs = torch.tensor(pairs, dtype=torch.int64).to(self.device)
+        with torch.no_grad():
+            for cache in self.caches:
+                ops.copy_blocks(cache, block_pairs)
+
+    def _require_here(self, seq_ids: Sequence[int]) -> None:
+        if self._swapped and not self._swapped.keys().isdisjoint(seq_ids):
+            away = next(seq_id for seq_id in seq_ids if seq_id in self._swapped)
+            raise ValueError(f"seq_id must be of a sequence that is not swapped out, got {away}")
 
     def _require_row(self) -> None:
         if not self._free_rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_accurate
+from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
 from paged_ops import OutOfBlocks, PagedAttentionManager, ops
@@ -174,8 +175,16 @@ def test_decoding_a_fork_leaves_its_parent_alone(device):
         (lambda m: m.append(0, 40), OutOfBlocks, "10 needed, 8 free"),
         (lambda m: m.add_sequence(0, 3), ValueError, "seq_id must be new, got 0"),
         (lambda m: m.add_sequence(9, -1), ValueError, "num_tokens must be at least 0, got -1"),
-        (lambda m: m.add_sequence(9, 121), ValueError, "at most max_seq_len=120 tokens, got 121"),
-        (lambda m: m.append(0, 119), ValueError, "at most max_seq_len=120 tokens, got 124"),
+        (
+            lambda m: m.add_sequence(9, 121),
+            ValueError,
+            "at most max_seq_len=120 tokens, got 121",
+        ),
+        (
+            lambda m: m.append(0, 119),
+            ValueError,
+            "at most max_seq_len=120 tokens, got 124",
+        ),
         (lambda m: m.append(5), ValueError, "seq_id must be of a sequence that was added, got 5"),
         (lambda m: m.append([0, 0]), ValueError, "name each sequence once"),
         (lambda m: m.append(0, 0), ValueError, "num_tokens must be at least 1, got 0"),
@@ -233,3 +242,173 @@ def test_can_allocate():
     manager.add_sequence(0, 1)
     assert not manager.can_allocate(40)
     assert manager.num_free_blocks == 9
+
+
+def test_step_is_append_and_batch(device):
+    manager, other = make_manager(device), make_manager(device)
+    for seq_id, length in ((3, 5), (1, 4), (0, 0)):
+        manager.add_sequence(seq_id, length)
+        other.add_sequence(seq_id, length)
+    for ids in ([3, 1], [1, 3, 0], [1], [0, 3], [3]):
+        stepped = manager.step(ids)
+        other.append(ids)
+        wanted = other.batch(ids)
+        assert stepped.query_start_loc is None
+        for name in ("seq_lens", "slot_mapping", "positions"):
+            assert torch.equal(getattr(stepped, name), getattr(wanted, name)), name
+        for row, seq_id in enumerate(ids):
+            blocks = other.seq_block_mapping[seq_id]
+            assert stepped.block_table[row, : len(blocks)].tolist() == blocks
+
+
+def test_step_is_padded_and_stays_in_place(device):
+    manager = make_manager(device)
+    manager.add_sequence(0, 5)
+    manager.add_sequence(1, 5)
+    first = manager.step([0, 1])
+    padded = manager.step([0], pad_to=3)
+    assert padded.seq_lens.tolist() == [7, 0, 0]
+    assert padded.slot_mapping.tolist()[1:] == [-1, -1]
+    assert padded.positions.tolist() == [6, 0, 0]
+    assert padded.block_table.data_ptr() == first.block_table.data_ptr()
+    assert manager.seq_lens.tolist() == [7, 6, 0, 0]
+    with pytest.raises(ValueError, match="pad_to must be at most num_sequences=4, got 5"):
+        manager.step([0], pad_to=5)
+    with pytest.raises(ValueError, match="got 9"):
+        manager.step([0, 9])
+    assert manager.blocks.length(0) == 7
+
+
+def test_step_copies_what_a_fork_shares(device):
+    manager = make_manager(device)
+    manager.add_sequence(0, 6)
+    for cache in manager.caches:
+        cache.copy_(torch.randn(cache.shape))
+    manager.fork(0, 1)
+    manager.step([0, 1])
+    parent, child = manager.seq_block_mapping[0], manager.seq_block_mapping[1]
+    assert parent[1] != child[1]
+    for cache in manager.caches:
+        assert torch.equal(cache[parent[1]], cache[child[1]])
+
+
+def test_reserved_blocks_are_listed(device):
+    manager = make_manager(device)
+    manager.add_sequence(0, 3)
+    manager.reserve(0, 6)
+    blocks = manager.seq_block_mapping[0]
+    assert len(blocks) == 3
+    assert manager.batch([0]).block_table[0, :3].tolist() == blocks
+    assert manager.block_table[0, :3].tolist() == blocks
+    assert manager.seq_lens.tolist()[0] == 3
+    manager.append(0, 6)
+    assert manager.seq_block_mapping[0] == blocks
+    manager.truncate(0, 2)
+    assert manager.seq_lens.tolist()[0] == 2
+    assert manager.num_free_blocks == 9
+
+
+def test_shared_prefix_comes_with_its_keys_and_values(device):
+    manager = make_manager(device)
+    tokens = list(range(9))
+    manager.add_sequence(0, 9)
+    manager.blocks.publish(0, tokens)
+    manager.add_sequence(1, 0)
+    assert manager.share(1, tokens) == 8
+    assert manager.seq_block_mapping[1] == manager.seq_block_mapping[0][:2]
+    assert manager.seq_lens.tolist() == [9, 8, 0, 0]
+    assert manager.preempt(1) == 8
+    assert manager.seq_lens.tolist() == [9, 0, 0, 0]
+    assert manager.num_free_blocks == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_swapped_sequence_comes_back(dtype, device):
+    manager = make_manager(device, dtype=dtype)
+    manager.add_sequence(0, 9)
+    manager.add_sequence(1, 6)
+    for cache in manager.caches:
+        cache.copy_(torch.randn(cache.shape))
+    blocks = manager.seq_block_mapping[0]
+    before = [cache[blocks].float().cpu() for cache in manager.caches]
+    manager.swap_out(0)
+    assert manager.num_free_blocks == 8
+    manager.add_sequence(2, 8)
+    for cache in manager.caches:
+        cache[manager.seq_block_mapping[2]] = torch.zeros_like(cache[:2])
+    manager.swap_in(0)
+    assert manager.seq_lens.tolist() == [9, 6, 8, 0]
+    back = manager.seq_block_mapping[0]
+    assert back != blocks
+    for cache, wanted in zip(manager.caches, before, strict=True):
+        assert torch.equal(cache[back].float().cpu(), wanted)
+
+
+def test_swapped_sequence_waits(device):
+    """Nothing but swapping it in, when there is room, and freeing it is possible."""
+    manager = make_manager(device)
+    manager.add_sequence(0, 9)
+    manager.swap_out(0)
+    manager.add_sequence(1, 32)
+    before = state(manager)
+    for call in (
+        lambda: manager.append(0),
+        lambda: manager.step([1, 0]),
+        lambda: manager.reserve(0, 1),
+        lambda: manager.truncate(0, 0),
+        lambda: manager.share(0, [1]),
+        lambda: manager.preempt(0),
+        lambda: manager.fork(0, 2),
+        lambda: manager.swap_out(0),
+    ):
+        with pytest.raises(ValueError, match="a sequence that is not swapped out, got 0"):
+            call()
+    with pytest.raises(OutOfBlocks, match="3 needed, 2 free"):
+        manager.swap_in(0)
+    with pytest.raises(ValueError, match="a sequence that was swapped out, got 1"):
+        manager.swap_in(1)
+    assert state(manager) == before
+    manager.free_sequence(0)
+    manager.add_sequence(0, 8)
+    with pytest.raises(ValueError, match="got 0"):
+        manager.swap_in(0)
+
+
+def test_empty_sequence_is_swapped():
+    manager = make_manager()
+    manager.add_sequence(0, 0)
+    manager.swap_out(0)
+    manager.swap_in(0)
+    manager.append(0)
+
+
+def test_watermark_is_kept_back():
+    manager = make_manager(watermark=3)
+    manager.add_sequence(0, 4)
+    assert manager.can_allocate(24)
+    assert not manager.can_allocate(25)
+
+
+def test_compiled_step_reads_the_same_tensors():
+    manager = make_manager(num_layers=1)
+    reference = make_manager(num_layers=1)
+    torch.manual_seed(0)
+    for seq_id in range(3):
+        manager.add_sequence(seq_id, seq_id)
+        reference.add_sequence(seq_id, seq_id)
+
+    def step(query, key, cache, batch):
+        ops.write_kv(key, key, cache, batch.slot_mapping)
+        return ops.attention(query, cache, batch.block_table, batch.seq_lens)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    counters.clear()
+    for turn in range(9):
+        ids = [2, 0, 1][: 3 - turn % 2]
+        query, key = torch.randn(2, len(ids), 2, 8).unbind()
+        out = compiled(query, key, manager.caches[0], manager.step(ids))
+        reference.append(ids)
+        wanted = step(query, key, reference.caches[0], reference.batch(ids))
+        torch.testing.assert_close(out, wanted)
+    assert counters["stats"]["unique_graphs"] == 1

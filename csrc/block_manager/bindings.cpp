@@ -204,6 +204,7 @@ void bind_inspection(py::class_<BlockManager>& type) {
       .def_property_readonly("num_blocks", &BlockManager::num_blocks)
       .def_property_readonly("block_size", &BlockManager::block_size)
       .def_property_readonly("watermark", &BlockManager::watermark)
+      .def_property_readonly("max_seq_len", &BlockManager::max_seq_len)
       .def_property_readonly("num_free_blocks", &BlockManager::num_free_blocks)
       .def_property_readonly("num_evictable_blocks", &BlockManager::num_evictable_blocks)
       .def_property_readonly("num_sequences", &BlockManager::num_sequences);
@@ -220,8 +221,9 @@ PYBIND11_MODULE(_block_manager, m) {
       .def(py::init<py::handle, py::handle, py::handle, py::handle>(), py::arg("block_table"),
            py::arg("seq_lens"), py::arg("slot_mapping"), py::arg("positions"));
   py::class_<BlockManager> type(m, "BlockManager");
-  type.def(py::init<int64_t, int64_t, int64_t>(), py::arg("num_blocks"), py::arg("block_size"),
-           py::arg("watermark") = 0);
+  type.def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::arg("num_blocks"),
+           py::arg("block_size"), py::arg("watermark") = 0,
+           py::arg("max_seq_len") = paged_ops::kLongest);
   paged_ops::bind_sequences(type);
   paged_ops::bind_prefixes(type);
   paged_ops::bind_inspection(type);

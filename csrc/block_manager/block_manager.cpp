@@ -30,9 +30,11 @@ int64_t checked_watermark(int64_t num_blocks, int64_t value) {
 
 }  // namespace
 
-BlockManager::BlockManager(int64_t num_blocks, int64_t block_size, int64_t watermark)
+BlockManager::BlockManager(int64_t num_blocks, int64_t block_size, int64_t watermark,
+                           int64_t max_seq_len)
     : block_size_(checked_size("block_size", kLargestBlock, block_size)),
       watermark_(checked_watermark(checked_size("num_blocks", kMostBlocks, num_blocks), watermark)),
+      max_seq_len_(checked_size("max_seq_len", kLongest, max_seq_len)),
       pool_(num_blocks),
       cache_(num_blocks, block_size) {}
 
@@ -40,7 +42,7 @@ void BlockManager::allocate(int64_t seq_id, int64_t num_tokens) {
   const Lock lock(mutex_);
   require_new(seq_id);
   require_at_least("num_tokens", 0, num_tokens);
-  require_at_most("num_tokens", kMostTokens, num_tokens);
+  require_length(seq_id, 0, num_tokens);
   const int64_t needed = blocks_for(num_tokens);
   require_blocks(needed + kept_back());
   std::vector<int32_t> blocks;
@@ -55,7 +57,7 @@ bool BlockManager::can_allocate(int64_t num_tokens) const {
   const Lock lock(mutex_);
   require_at_least("num_tokens", 0, num_tokens);
   const int64_t available = pool_.num_free() + pool_.num_evictable() - kept_back();
-  return num_tokens <= kMostTokens && blocks_for(num_tokens) <= available;
+  return num_tokens <= max_seq_len_ && blocks_for(num_tokens) <= available;
 }
 
 std::vector<BlockPair> BlockManager::append(Ids seq_ids, Span<const int64_t> num_tokens) {
@@ -217,7 +219,8 @@ void BlockManager::plan_growth(Span<const int64_t> num_tokens) {
   std::unordered_map<int32_t, int32_t> writers;  // of shared blocks
   for (size_t i = 0; i < named_.size(); ++i) {
     Sequence& sequence = slots_[named_[i]];
-    require_length(sequence, num_tokens[i]);
+    require_at_least("num_tokens", 1, num_tokens[i]);
+    require_length(sequence.seq_id, sequence.length, num_tokens[i]);
     const int64_t wanted = blocks_for(sequence.length + num_tokens[i]);
     const int64_t held = static_cast<int64_t>(sequence.blocks.size());
     if (wanted > held) needed += wanted - held;
@@ -252,9 +255,12 @@ void BlockManager::require_one_each(const char* argument, Span<const int64_t> nu
   }
 }
 
-void BlockManager::require_length(const Sequence& sequence, int64_t num_tokens) const {
-  require_at_least("num_tokens", 1, num_tokens);
-  require_at_most("num_tokens", kMostTokens - sequence.length, num_tokens);
+void BlockManager::require_length(int64_t seq_id, int64_t length, int64_t num_tokens) const {
+  if (num_tokens > max_seq_len_ - length) {
+    refuse("sequence " + std::to_string(seq_id),
+           "have at most max_seq_len=" + std::to_string(max_seq_len_) + " tokens",
+           std::to_string(static_cast<uint64_t>(length) + static_cast<uint64_t>(num_tokens)));
+  }
 }
 
 // Whether the next token goes to a block that holds tokens already.

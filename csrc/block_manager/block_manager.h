@@ -52,12 +52,13 @@ struct State {
 using Ids = Span<const int64_t>;
 using Tokens = Span<const int64_t>;
 
-constexpr int64_t kMostTokens = std::numeric_limits<int32_t>::max();  // of a sequence
+constexpr int64_t kLongest = std::numeric_limits<int32_t>::max();  // seq_lens are int32
 
 class BlockManager {
  public:
-  // The watermark is how many blocks a new sequence leaves for those that are there.
-  BlockManager(int64_t num_blocks, int64_t block_size, int64_t watermark);
+  // No sequence may be longer than max_seq_len tokens. The watermark is how many blocks a new
+  // sequence leaves for those that are there.
+  BlockManager(int64_t num_blocks, int64_t block_size, int64_t watermark, int64_t max_seq_len);
 
   // A new sequence of num_tokens >= 0 tokens, in as many blocks as they need.
   void allocate(int64_t seq_id, int64_t num_tokens);
@@ -108,6 +109,7 @@ class BlockManager {
   int64_t num_blocks() const { return pool_.size(); }
   int64_t block_size() const { return block_size_; }
   int64_t watermark() const { return watermark_; }
+  int64_t max_seq_len() const { return max_seq_len_; }
   int64_t blocks_for(int64_t num_tokens) const {
     return (num_tokens + block_size_ - 1) / block_size_;
   }
@@ -147,7 +149,7 @@ class BlockManager {
 
   void resolve(Ids seq_ids) const;
   void require_one_each(const char* argument, Span<const int64_t> numbers) const;
-  void require_length(const Sequence& sequence, int64_t num_tokens) const;
+  void require_length(int64_t seq_id, int64_t length, int64_t num_tokens) const;
   void plan_growth(Span<const int64_t> num_tokens);
   std::vector<BlockPair> hold_growth(Span<const int64_t> num_tokens);
   bool writes_last_block(const Sequence& sequence) const;
@@ -169,6 +171,7 @@ class BlockManager {
 
   const int64_t block_size_;
   const int64_t watermark_;
+  const int64_t max_seq_len_;
   mutable std::mutex mutex_;
   BlockPool pool_;
   PrefixCache cache_;

@@ -56,13 +56,14 @@ Hash128 PrefixCache::extend(Hash128 hash, const int64_t* tokens) const {
   if (even < block_size_) {
     sum += multiply(static_cast<uint64_t>(tokens[even]) + keys_[even], keys_[even + 1]);
   }
-  const uint64_t first = scramble(hash.low ^ low(sum));
-  return {first ^ hash.high, scramble(hash.high ^ high(sum)) + first};
+  const uint128_t linked = multiply(hash.low ^ low(sum), hash.high ^ high(sum) ^ keys_[0]);
+  return {low(linked) ^ high(linked), high(linked) ^ (low(sum) + high(sum))};
 }
 
 std::vector<int32_t> PrefixCache::match(Span<const int64_t> tokens, Chain* chain) const {
   const int64_t num_blocks = tokens.size / block_size_;
   std::vector<int32_t> blocks;
+  blocks.reserve(num_blocks);
   Hash128 hashes[kAhead];
   for (int64_t first = 0; first < num_blocks; first += kAhead) {
     const int64_t count = std::min(kAhead, num_blocks - first);

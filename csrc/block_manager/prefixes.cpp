@@ -19,7 +19,7 @@ int64_t BlockManager::share(int64_t seq_id, Tokens tokens, int64_t salt) {
            std::to_string(seq_id) + " with " + std::to_string(sequence.length) + " tokens in " +
                std::to_string(sequence.blocks.size()) + " blocks");
   }
-  require_at_most("tokens", kMostTokens, tokens.size);
+  require_length(seq_id, 0, tokens.size);
   Chain chain = PrefixCache::begin(salt);
   sequence.blocks = cache_.match(tokens, &chain);
   for (const int32_t block : sequence.blocks) pool_.hold(block);

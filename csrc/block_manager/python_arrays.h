@@ -30,13 +30,19 @@ class BufferView {
 
   const Py_buffer& operator*() const { return view_; }
 
-  // Signed integers of so many bytes each.
+  // Signed integers of so many bytes each, in the machine's byte order.
   bool holds_integers(int64_t bytes) const {
-    const std::string format = view_.format == nullptr ? "B" : view_.format;
-    return view_.itemsize == bytes && (format == "i" || format == "l" || format == "q");
+    if (view_.format == nullptr || view_.itemsize != bytes) return false;
+    const std::string format = view_.format;
+    return std::string("<=@").find(format[0]) == std::string::npos ? is_integer(format)
+                                                                   : is_integer(format.substr(1));
   }
 
  private:
+  static bool is_integer(const std::string& type) {
+    return type == "i" || type == "l" || type == "q";
+  }
+
   Py_buffer view_{};
 };
 
