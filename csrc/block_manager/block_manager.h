@@ -176,7 +176,8 @@ class BlockManager {
   BlockPool pool_;
   PrefixCache cache_;
   PrefixStatistics prefix_;
-  std::unordered_map<int32_t, int32_t> pins_;  // how often each pinned block is
+  std::unordered_map<int32_t, int32_t> pins_;      // how often each pinned block is
+  std::unordered_map<int32_t, int32_t> pin_ends_;  // how many pins end with a block
   std::vector<Sequence> slots_;
   std::vector<int32_t> free_slots_;
   std::unordered_map<int64_t, int32_t> slot_of_;  // of each sequence

@@ -81,23 +81,25 @@ int64_t BlockManager::pin(Tokens tokens, int64_t salt) {
     ++pins_[block];
     pool_.hold(block);
   }
+  if (!blocks.empty()) ++pin_ends_[blocks.back()];
   return static_cast<int64_t>(blocks.size()) * block_size_;
 }
 
 int64_t BlockManager::unpin(Tokens tokens, int64_t salt) {
   const Lock lock(mutex_);
   const std::vector<int32_t> blocks = match_all(tokens, salt);
-  int64_t num_pinned = 0;
-  for (const int32_t block : blocks) num_pinned += pins_.count(block);
-  if (num_pinned < static_cast<int64_t>(blocks.size())) {
-    refuse("tokens", "be pinned in all of their " + std::to_string(blocks.size()) + " full blocks",
-           std::to_string(num_pinned));
+  if (blocks.empty()) return 0;
+  const auto end = pin_ends_.find(blocks.back());
+  if (end == pin_ends_.end()) {
+    refuse("tokens", "be those of a pin, no fewer and no more",
+           std::to_string(blocks.size()) + " full blocks that no pin ends with");
   }
+  if (--end->second == 0) pin_ends_.erase(end);
   for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) {
     if (--pins_[*block] == 0) pins_.erase(*block);
     pool_.release(*block);
   }
-  return num_pinned * block_size_;
+  return static_cast<int64_t>(blocks.size()) * block_size_;
 }
 
 std::vector<int32_t> BlockManager::match_all(Tokens tokens, int64_t salt) const {
