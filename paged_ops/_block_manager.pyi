@@ -61,8 +61,8 @@ class BlockManager:
         Args:
             num_blocks: from 1 to 2147483646.
             block_size: from 1 to 1048576.
-            watermark: how many blocks ``allocate`` leaves for the sequences that are there, so that
-                they can grow; without any it leaves none.
+            watermark: how many blocks ``allocate`` leaves for the sequences that hold some, so that
+                they can grow; while none does it leaves none.
             max_seq_len: tokens that the longest sequence may have.
         """
 

@@ -62,6 +62,7 @@ class PagedAttentionManager:
         caches: one tensor per layer, ``[num_blocks, 2, block_size, num_heads, head_size]``, as
             ``ops.attention`` and ``ops.write_kv`` take it. On a GPU their addresses are marked as
             static, so that compiled steps which write them keep their CUDA graphs.
+        num_sequences: see above.
         max_seq_len: see above.
         max_blocks: the columns of ``block_table``.
 
@@ -102,6 +103,7 @@ class PagedAttentionManager:
             raise ValueError(f"head_size must be from 1 to 256, got {head_size}")
         if dtype not in _CACHE_DTYPES:
             raise ValueError(f"dtype must be one of {_CACHE_DTYPES}, got {dtype}")
+        self.num_sequences = num_sequences
         self.max_seq_len = num_blocks * block_size if max_seq_len is None else max_seq_len
         self.blocks = BlockManager(num_blocks, block_size, watermark, self.max_seq_len)
         self.max_blocks = self.blocks.blocks_for(self.max_seq_len)
@@ -272,12 +274,13 @@ class PagedAttentionManager:
             Tensors whose memory the next ``step`` writes again, always in the same place.
         """
         self._require_here(seq_ids)
-        num_sequences = len(self._rows) + len(self._free_rows)
         rows = max(len(seq_ids), pad_to)
-        if rows > num_sequences:
-            raise ValueError(f"pad_to must be at most num_sequences={num_sequences}, got {rows}")
+        if rows > self.num_sequences:
+            raise ValueError(
+                f"pad_to must be at most num_sequences={self.num_sequences}, got {rows}"
+            )
         if self._step_tensors is None:
-            self._step_tensors = StepTensors(num_sequences, self.max_blocks, self.device)
+            self._step_tensors = StepTensors(self.num_sequences, self.max_blocks, self.device)
         self._copy(self._step_tensors.step(self.blocks, seq_ids, rows))
         views = self._step_tensors.on_device
         return Batch(
@@ -370,7 +373,7 @@ class PagedAttentionManager:
 
     def _require_row(self) -> None:
         if not self._free_rows:
-            raise ValueError(f"all num_sequences={len(self._rows)} sequences are in use")
+            raise ValueError(f"all num_sequences={self.num_sequences} sequences are in use")
 
     def _give_row(self, seq_id: int) -> None:
         row = seq_id if seq_id in self._free_rows else min(self._free_rows)

@@ -210,6 +210,16 @@ def test_colliding_prefixes_are_told_apart():
     manager.check()
 
 
+def test_what_follows_a_colliding_prefix_is_told_apart():
+    blind = (-scramble(1) + 2**63) % 2**64 - 2**63
+    manager = BlockManager(4, 2)
+    manager.allocate(0, 4)
+    manager.publish(0, [blind, 1, 5, 6])
+    manager.allocate(1, 2)
+    manager.publish(1, [blind, 2])
+    assert manager.lookup([blind, 2, 5, 6]) == 2
+
+
 def test_prefix_after_another_than_it_was_published_after():
     """Equal tokens in two blocks: the second went on, and the first was evicted."""
     manager = BlockManager(3, 1)

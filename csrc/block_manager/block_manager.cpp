@@ -199,6 +199,12 @@ void BlockManager::require_blocks(int64_t needed) const {
   }
 }
 
+// While nothing but pins holds blocks, no sequence is there to grow, and one may need them all.
+int64_t BlockManager::kept_back() const {
+  const int64_t unheld = pool_.num_free() + pool_.num_evictable();
+  return unheld + static_cast<int64_t>(pins_.size()) == pool_.size() ? 0 : watermark_;
+}
+
 void BlockManager::resolve(Ids seq_ids) const {
   ++visit_;
   named_.clear();

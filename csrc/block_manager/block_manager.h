@@ -57,7 +57,7 @@ constexpr int64_t kLongest = std::numeric_limits<int32_t>::max();  // seq_lens a
 class BlockManager {
  public:
   // No sequence may be longer than max_seq_len tokens. The watermark is how many blocks a new
-  // sequence leaves for those that are there.
+  // sequence leaves for those that hold some.
   BlockManager(int64_t num_blocks, int64_t block_size, int64_t watermark, int64_t max_seq_len);
 
   // A new sequence of num_tokens >= 0 tokens, in as many blocks as they need.
@@ -145,7 +145,7 @@ class BlockManager {
   Sequence& add(int64_t seq_id);
   void require_new(int64_t seq_id) const;
   void require_blocks(int64_t needed) const;
-  int64_t kept_back() const { return slot_of_.empty() ? 0 : watermark_; }
+  int64_t kept_back() const;
 
   void resolve(Ids seq_ids) const;
   void require_one_each(const char* argument, Span<const int64_t> numbers) const;

@@ -1,0 +1,149 @@
+"""examples/serve_loop.py: each request is answered as if it were alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from decoder import Decoder
+from serve_loop import Request, Server, main, parse_arguments, random_model, random_requests
+
+from paged_ops import PagedAttentionManager
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    return random_model(CPU, torch.float32)
+
+
+def manager_for(model: Decoder, num_blocks: int, **options) -> PagedAttentionManager:
+    config = model.config
+    sizes = (config.num_kv_heads, config.head_size, 16, num_blocks)
+    settings = {"num_sequences": 32, **options}
+    return PagedAttentionManager(
+        settings.pop("num_sequences"),
+        *sizes,
+        CPU,
+        torch.float32,
+        config.num_layers,
+        **settings,
+    )
+
+
+def requests(*options: str) -> list[Request]:
+    return random_requests(parse_arguments(list(options)), vocab_size=512)
+
+
+def alone(model: Decoder, request: Request) -> list[int]:
+    """The prompt in one call, then a token at a time, in a cache of its own."""
+    manager = manager_for(model, 64)
+    manager.add_sequence(0, len(request.prompt))
+    inputs, batch = request.prompt, manager.batch([0], len(request.prompt))
+    output: list[int] = []
+    while len(output) < request.max_new_tokens:
+        logits = model(torch.tensor(inputs), manager.caches, batch)
+        output.append(int(logits.argmax()))
+        inputs = output[-1:]
+        manager.append(0)
+        batch = manager.batch([0])
+    return output
+
+
+@pytest.fixture(scope="module")
+def expected(model) -> list[list[int]]:
+    with torch.no_grad():
+        return [alone(model, request) for request in requests()]
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "options", "preempted"),
+    [
+        (400, {}, False),
+        (50, {}, True),
+        (50, {"swap": True}, True),
+        (42, {"tokens_per_step": 40}, True),
+    ],
+    ids=["room", "recompute", "swap", "tight"],
+)
+def test_outputs_equal_those_of_each_alone(model, expected, num_blocks, options, preempted):
+    """64 requests with a system prompt of 512 tokens."""
+    served = requests()
+    manager = manager_for(model, num_blocks, watermark=2)
+    server = Server(model, manager, **options)
+    report = server.run(served)
+    assert [request.new_tokens for request in served] == expected
+    assert (report.preemptions > 0) == preempted
+    assert manager.num_free_blocks == num_blocks
+    assert manager.rows == {}
+    assert len({len(request.prompt) for request in served}) > 1
+    manager.blocks.check()
+
+
+def test_shared_prompt_is_computed_once(model):
+    served = requests()
+    report = Server(model, manager_for(model, 400)).run(served)
+    decoded = sum(request.max_new_tokens - 1 for request in served)
+    own = sum(len(request.prompt) - 512 for request in served)
+    computed_of_shared = report.computed_tokens - decoded - own
+    assert report.preemptions == 0
+    assert computed_of_shared <= 0.2 * 512 * len(served)
+    assert report.tokens_found / report.tokens_asked > 0.8
+
+
+def test_prompts_are_prefilled_beside_decoding_requests(model):
+    """One step computes a chunk of the long prompt and a token of the other."""
+    manager = manager_for(model, 64)
+    server = Server(model, manager, tokens_per_step=8)
+    first, second = Request(0, [1, 2, 3], 10), Request(1, list(range(50)), 2)
+    server.submit(first)
+    server.step()
+    server.submit(second)
+    server.step()
+    assert (len(first.new_tokens), manager.blocks.length(1)) == (2, 7)
+
+
+def test_request_that_needs_every_block_runs(model):
+    """Though it was preempted, and a watermark is kept back from new requests."""
+    manager = manager_for(model, 4, watermark=2)
+    served = [Request(0, [1] * 16, 48), Request(1, [2] * 15, 49)]
+    wanted = [alone(model, request) for request in served]
+    report = Server(model, manager).run(served)
+    assert report.preemptions > 0
+    assert [request.new_tokens for request in served] == wanted
+
+
+def test_more_requests_than_rows(model):
+    served = [Request(i, [i + 1, 7], 3 + i) for i in range(6)]
+    wanted = [alone(model, request) for request in served]
+    Server(model, manager_for(model, 64, num_sequences=2)).run(served)
+    assert [request.new_tokens for request in served] == wanted
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(3, [1] * 50, 15), "request 3 must fit the cache of 4 blocks .* got 65 tokens"),
+        (Request(3, [], 1), "request 3 must have a prompt"),
+        (Request(3, [1], 0), "ask for new tokens"),
+    ],
+)
+def test_refused(model, request_, message):
+    with pytest.raises(ValueError, match=message):
+        Server(model, manager_for(model, 4)).submit(request_)
+    with pytest.raises(ValueError, match="tokens_per_step must be at least 1, got 0"):
+        Server(model, manager_for(model, 4), tokens_per_step=0)
+
+
+def test_command(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    image = tmp_path / "blocks.png"
+    main(["--device=cpu", "--requests=4", "--shared=32", f"--plot={image}"])
+    assert "prefix hits" in capsys.readouterr().out
+    assert image.read_bytes().startswith(b"\x89PNG")
