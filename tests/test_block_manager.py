@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -183,41 +185,32 @@ def test_a_pin_is_undone_as_it_was_made():
     assert manager.state()["num_pinned_blocks"] == 0
 
 
-def scramble(x: int) -> int:
-    """As csrc/block_manager/prefix_cache.cpp makes the keys of its hash."""
-    for constant, factor in ((0x9E3779B97F4A7C15, 0xD1342543DE82EF95), (0, 0xAF251AF3B0F025B5)):
-        product = (x ^ constant) * factor
-        x = (product & 2**64 - 1) ^ (product >> 64)
-    return x
-
-
 def test_colliding_prefixes_are_told_apart():
-    """A first token of minus its key makes the hash ignore the second."""
-    blind = (-scramble(1) + 2**63) % 2**64 - 2**63
+    """The hash takes tokens for 32-bit numbers: two in one word."""
+    first, second = [2**32, 0], [0, 1]
     manager = BlockManager(4, 2)
     manager.allocate(0, 2)
-    manager.publish(0, [blind, 1])
-    assert manager.lookup([blind, 1]) == 2
-    assert manager.lookup([blind, 2]) == 0
+    manager.publish(0, first)
+    assert manager.lookup(first) == 2
+    assert manager.lookup(second) == 0
     manager.allocate(1, 2)
-    manager.publish(1, [blind, 2])
-    assert manager.lookup([blind, 2]) == 2
-    assert manager.lookup([blind, 1]) == 0, "two prefixes of one hash have one place"
-    manager.pin([blind, 2])
+    manager.publish(1, second)
+    assert manager.lookup(second) == 2
+    assert manager.lookup(first) == 0, "two prefixes of one hash have one place"
+    manager.pin(second)
     manager.allocate(2, 2)
-    assert manager.publish(2, [blind, 1]) == 0
-    assert manager.lookup([blind, 2]) == 2
+    assert manager.publish(2, first) == 0
+    assert manager.lookup(second) == 2
     manager.check()
 
 
 def test_what_follows_a_colliding_prefix_is_told_apart():
-    blind = (-scramble(1) + 2**63) % 2**64 - 2**63
     manager = BlockManager(4, 2)
     manager.allocate(0, 4)
-    manager.publish(0, [blind, 1, 5, 6])
+    manager.publish(0, [2**32, 0, 5, 6])
     manager.allocate(1, 2)
-    manager.publish(1, [blind, 2])
-    assert manager.lookup([blind, 2, 5, 6]) == 2
+    manager.publish(1, [0, 1])
+    assert manager.lookup([0, 1, 5, 6]) == 2
 
 
 def test_prefix_after_another_than_it_was_published_after():
@@ -391,3 +384,26 @@ def test_large_pool():
     manager.allocate(0, 128_000_000)
     manager.free(0)
     assert manager.num_free_blocks == 8_000_000
+
+
+def test_threads_share_a_manager():
+    """Each finds its own sequences as it left them."""
+    manager = BlockManager(64, 2)
+    prompt = list(range(8))
+
+    def work(thread: int) -> None:
+        for turn in range(200):
+            seq_id = 1_000 * thread + turn
+            manager.allocate(seq_id, 0)
+            shared = manager.share(seq_id, prompt)
+            manager.append([seq_id], 9 - shared)
+            manager.publish(seq_id, prompt)
+            assert manager.length(seq_id) == 9
+            assert len(manager.blocks(seq_id)) == 5
+            manager.free(seq_id)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    manager.check()
+    assert manager.lookup(prompt) == 8
+    assert manager.num_free_blocks + manager.num_evictable_blocks == 64

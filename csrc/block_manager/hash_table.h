@@ -1,6 +1,7 @@
 // From 128-bit hashes to blocks: open addressing with linear probing, at most half full.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 

@@ -2,14 +2,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "errors.h"
 
 namespace paged_ops {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // blocks
-constexpr int64_t kAhead = 16;    // blocks whose places are loaded while the next are hashed
+constexpr uint32_t kChunk = 1024;  // blocks
+constexpr int64_t kAhead = 16;     // blocks whose places are loaded while the next are hashed
 constexpr uint64_t kFirstId = uint64_t{1} << 63;  // salts are below
 
 __extension__ typedef unsigned __int128 uint128_t;
@@ -18,6 +19,11 @@ uint64_t low(uint128_t x) { return static_cast<uint64_t>(x); }
 uint64_t high(uint128_t x) { return static_cast<uint64_t>(x >> 64); }
 
 uint128_t multiply(uint64_t a, uint64_t b) { return static_cast<uint128_t>(a) * b; }
+
+// Two tokens; no two pairs of 32-bit tokens make the same word.
+uint64_t word(const int64_t* two) {
+  return static_cast<uint64_t>(two[0]) + (static_cast<uint64_t>(two[1]) << 32);
+}
 
 // Every bit of the result depends on every bit of x.
 uint64_t scramble(uint64_t x) {
@@ -30,7 +36,7 @@ uint64_t scramble(uint64_t x) {
 
 PrefixCache::PrefixCache(int64_t num_blocks, int64_t block_size)
     : block_size_(block_size),
-      keys_(block_size + block_size % 2),
+      keys_((block_size + 3) / 4 * 2),
       chunks_((num_blocks + kChunk - 1) / kChunk),
       next_id_(kFirstId) {
   for (size_t i = 0; i < keys_.size(); ++i) keys_[i] = scramble(i + 1);
@@ -43,44 +49,62 @@ Chain PrefixCache::begin(int64_t salt) {
 }
 
 // Within a block the tokens are hashed independently of what precedes, so that the processor works
-// on several blocks at once: the function NH of Black et al., "UMAC: Fast and Secure Message
-// Authentication" (1999), sums products of pairs, each token shifted by its place's key. The sum is
-// then chained.
+// on several blocks at once: after the function NH of Black et al., "UMAC: Fast and Secure Message
+// Authentication" (1999), products of pairs of words are summed, each word shifted by its place's
+// key. The halves of the products are summed apart, which needs no carry. The sums are then
+// chained.
 Hash128 PrefixCache::extend(Hash128 hash, const int64_t* tokens) const {
-  uint128_t sum = 0;
-  const int64_t even = block_size_ - block_size_ % 2;
-  for (int64_t i = 0; i < even; i += 2) {
-    sum += multiply(static_cast<uint64_t>(tokens[i]) + keys_[i],
-                    static_cast<uint64_t>(tokens[i + 1]) + keys_[i + 1]);
+  Hash128 sum;
+  const auto add = [&](const int64_t* four, int64_t place) {
+    const uint128_t product =
+        multiply(word(four) + keys_[place], word(four + 2) + keys_[place + 1]);
+    sum.low += low(product);
+    sum.high += high(product);
+  };
+  const int64_t whole = block_size_ - block_size_ % 4;
+  for (int64_t i = 0; i < whole; i += 4) add(tokens + i, i / 2);
+  if (whole < block_size_) {
+    int64_t rest[4] = {};
+    std::copy(tokens + whole, tokens + block_size_, rest);
+    add(rest, whole / 2);
   }
-  if (even < block_size_) {
-    sum += multiply(static_cast<uint64_t>(tokens[even]) + keys_[even], keys_[even + 1]);
-  }
-  const uint128_t linked = multiply(hash.low ^ low(sum), hash.high ^ high(sum) ^ keys_[0]);
-  return {low(linked) ^ high(linked), high(linked) ^ (low(sum) + high(sum))};
+  const uint128_t linked = multiply(hash.low ^ sum.low, hash.high ^ sum.high ^ keys_[0]);
+  return {low(linked) ^ high(linked), high(linked) ^ (sum.low + sum.high)};
 }
 
 std::vector<int32_t> PrefixCache::match(Span<const int64_t> tokens, Chain* chain) const {
   const int64_t num_blocks = tokens.size / block_size_;
   std::vector<int32_t> blocks;
   blocks.reserve(num_blocks);
-  Hash128 hashes[kAhead];
+  Candidate candidates[kAhead];
   for (int64_t first = 0; first < num_blocks; first += kAhead) {
     const int64_t count = std::min(kAhead, num_blocks - first);
-    Hash128 hash = chain->hash;
+    const int64_t* const wanted = tokens.data + first * block_size_;
+    load_candidates(wanted, count, chain->hash, candidates);
     for (int64_t i = 0; i < count; ++i) {
-      hash = hashes[i] = extend(hash, tokens.data + (first + i) * block_size_);
-      table_.prefetch(hash);
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t block = table_.find(hashes[i]);
-      const int64_t* wanted = tokens.data + (first + i) * block_size_;
-      if (block < 0 || !holds(block, wanted, chain->last)) return blocks;
+      const auto& [hash, block] = candidates[i];
+      if (block < 0 || !holds(block, wanted + i * block_size_, chain->last)) return blocks;
       blocks.push_back(block);
-      *chain = {hashes[i], entry(block).id};
+      *chain = {hash, entry(block).id};
     }
   }
   return blocks;
+}
+
+// In passes, each of which starts to load what the next will read of every block.
+void PrefixCache::load_candidates(const int64_t* tokens, int64_t count, Hash128 hash,
+                                  Candidate* candidates) const {
+  for (int64_t i = 0; i < count; ++i) {
+    hash = candidates[i].hash = extend(hash, tokens + i * block_size_);
+    table_.prefetch(hash);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t block = candidates[i].block = table_.find(candidates[i].hash);
+    if (block < 0) return;
+    __builtin_prefetch(&entry(block));
+    __builtin_prefetch(this->tokens(block));
+    __builtin_prefetch(this->tokens(block) + block_size_ / 2);
+  }
 }
 
 PrefixCache::Place PrefixCache::find(const int64_t* tokens, const Chain& chain) const {
@@ -92,7 +116,7 @@ PrefixCache::Place PrefixCache::find(const int64_t* tokens, const Chain& chain) 
 void PrefixCache::insert(int32_t block, const int64_t* tokens, Hash128 hash, Chain* chain) {
   Chunk& chunk = chunk_of(block);
   table_.insert(hash, block);
-  const int64_t place = block % kChunk;
+  const int64_t place = static_cast<uint32_t>(block) % kChunk;
   std::copy_n(tokens, block_size_, &chunk.tokens[place * block_size_]);
   chunk.entries[place] = {hash, next_id_++, chain->last};
   *chain = ending_with(block);
@@ -103,27 +127,31 @@ void PrefixCache::erase(int32_t block) { table_.erase(entry(block).hash); }
 Chain PrefixCache::ending_with(int32_t block) const { return {entry(block).hash, entry(block).id}; }
 
 void PrefixCache::check(int32_t block) const {
-  require_invariant(chunks_[block / kChunk] && table_.find(entry(block).hash) == block,
+  require_invariant(!chunks_[static_cast<uint32_t>(block) / kChunk].entries.empty() &&
+                        table_.find(entry(block).hash) == block,
                     "a cached block is found by its hash");
   require_invariant(entry(block).previous < entry(block).id,
                     "a prefix is cached before what follows");
 }
 
 PrefixCache::Chunk& PrefixCache::chunk_of(int32_t block) {
-  std::unique_ptr<Chunk>& chunk = chunks_[block / kChunk];
-  if (!chunk) {
-    chunk = std::make_unique<Chunk>(
-        Chunk{std::vector<Entry>(kChunk), std::vector<int64_t>(kChunk * block_size_)});
+  Chunk& chunk = chunks_[static_cast<uint32_t>(block) / kChunk];
+  if (chunk.entries.empty()) {
+    std::vector<int64_t> tokens(kChunk * block_size_);
+    chunk.entries.resize(kChunk);
+    chunk.tokens = std::move(tokens);
   }
-  return *chunk;
+  return chunk;
 }
 
 const PrefixCache::Entry& PrefixCache::entry(int32_t block) const {
-  return chunks_[block / kChunk]->entries[block % kChunk];
+  return chunks_[static_cast<uint32_t>(block) / kChunk]
+      .entries[static_cast<uint32_t>(block) % kChunk];
 }
 
 const int64_t* PrefixCache::tokens(int32_t block) const {
-  return &chunks_[block / kChunk]->tokens[block % kChunk * block_size_];
+  return &chunks_[static_cast<uint32_t>(block) / kChunk]
+              .tokens[static_cast<uint32_t>(block) % kChunk * block_size_];
 }
 
 bool PrefixCache::holds(int32_t block, const int64_t* wanted, uint64_t previous) const {

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "hash_table.h"
@@ -64,6 +63,13 @@ class PrefixCache {
     std::vector<int64_t> tokens;
   };
 
+  struct Candidate {
+    Hash128 hash;
+    int32_t block;  // of this hash, or -1
+  };
+
+  void load_candidates(const int64_t* tokens, int64_t count, Hash128 hash,
+                       Candidate* candidates) const;
   Hash128 extend(Hash128 hash, const int64_t* tokens) const;
   Chunk& chunk_of(int32_t block);
   const Entry& entry(int32_t block) const;
@@ -71,8 +77,8 @@ class PrefixCache {
   bool holds(int32_t block, const int64_t* tokens, uint64_t previous) const;
 
   int64_t block_size_;
-  std::vector<uint64_t> keys_;  // of the hash, one for each place in a block
-  std::vector<std::unique_ptr<Chunk>> chunks_;
+  std::vector<uint64_t> keys_;  // of the hash, one for each two places in a block
+  std::vector<Chunk> chunks_;
   HashTable table_;
   uint64_t next_id_;
 };
