@@ -213,6 +213,23 @@ def test_what_follows_a_colliding_prefix_is_told_apart():
     assert manager.lookup([0, 1, 5, 6]) == 2
 
 
+def test_prefixes_branch():
+    """A block is followed by whichever was published after it, not by the latest alone."""
+    manager = BlockManager(16, 2)
+    branches = [[1, 2, 3, last, 9, last] for last in range(4)]
+    for seq_id, tokens in enumerate(branches):
+        manager.allocate(seq_id, 0)
+        shared = manager.share(seq_id, tokens)
+        manager.append([seq_id], 6 - shared)
+        manager.publish(seq_id, tokens)
+    assert [manager.lookup(tokens) for tokens in branches] == [6] * 4
+    manager.free(3)
+    manager.allocate(4, 2 * 9)
+    assert [manager.lookup(tokens) for tokens in branches] == [6, 6, 6, 2]
+    manager.publish(4, [1, 2, *range(14)])
+    assert manager.lookup(branches[3]) == 2
+
+
 def test_prefix_after_another_than_it_was_published_after():
     """Equal tokens in two blocks: the second went on, and the first was evicted."""
     manager = BlockManager(3, 1)

@@ -21,9 +21,6 @@ class HashTable {
   // The block of a hash, or -1.
   int32_t find(const Hash128& hash) const { return slots_[slot_of(hash)].block; }
 
-  // Starts to load what find(hash) will read.
-  void prefetch(const Hash128& hash) const { __builtin_prefetch(&slots_[home(hash)]); }
-
   // The hash must be new.
   void insert(const Hash128& hash, int32_t block) {
     if (2 * (size_ + 1) > static_cast<int64_t>(slots_.size())) grow();

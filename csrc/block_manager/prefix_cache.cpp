@@ -9,8 +9,7 @@
 namespace paged_ops {
 namespace {
 
-constexpr uint32_t kChunk = 1024;  // blocks
-constexpr int64_t kAhead = 16;     // blocks whose places are loaded while the next are hashed
+constexpr uint32_t kChunk = 1024;                 // blocks
 constexpr uint64_t kFirstId = uint64_t{1} << 63;  // salts are below
 
 __extension__ typedef unsigned __int128 uint128_t;
@@ -45,7 +44,7 @@ PrefixCache::PrefixCache(int64_t num_blocks, int64_t block_size)
 Chain PrefixCache::begin(int64_t salt) {
   require_at_least("salt", 0, salt);
   const uint64_t root = static_cast<uint64_t>(salt);
-  return {{scramble(root), scramble(~root)}, root};
+  return {{scramble(root), scramble(~root)}, root, -1};
 }
 
 // Within a block the tokens are hashed independently of what precedes, so that the processor works
@@ -72,39 +71,24 @@ Hash128 PrefixCache::extend(Hash128 hash, const int64_t* tokens) const {
   return {low(linked) ^ high(linked), high(linked) ^ (sum.low + sum.high)};
 }
 
+// Most blocks are found without a hash: where the block before was last continued.
 std::vector<int32_t> PrefixCache::match(Span<const int64_t> tokens, Chain* chain) const {
   const int64_t num_blocks = tokens.size / block_size_;
   std::vector<int32_t> blocks;
   blocks.reserve(num_blocks);
-  Candidate candidates[kAhead];
-  for (int64_t first = 0; first < num_blocks; first += kAhead) {
-    const int64_t count = std::min(kAhead, num_blocks - first);
-    const int64_t* const wanted = tokens.data + first * block_size_;
-    load_candidates(wanted, count, chain->hash, candidates);
-    for (int64_t i = 0; i < count; ++i) {
-      const auto& [hash, block] = candidates[i];
-      if (block < 0 || !holds(block, wanted + i * block_size_, chain->last)) return blocks;
-      blocks.push_back(block);
-      *chain = {hash, entry(block).id};
+  int32_t guess = -1;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    const int64_t* const wanted = tokens.data + i * block_size_;
+    if (guess < 0 || !holds(guess, wanted, chain->last)) {
+      const Place place = find(wanted, *chain);
+      if (!place.equal) break;
+      guess = place.block;
     }
+    blocks.push_back(guess);
+    *chain = ending_with(guess);
+    guess = entry(guess).next;
   }
   return blocks;
-}
-
-// In passes, each of which starts to load what the next will read of every block.
-void PrefixCache::load_candidates(const int64_t* tokens, int64_t count, Hash128 hash,
-                                  Candidate* candidates) const {
-  for (int64_t i = 0; i < count; ++i) {
-    hash = candidates[i].hash = extend(hash, tokens + i * block_size_);
-    table_.prefetch(hash);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t block = candidates[i].block = table_.find(candidates[i].hash);
-    if (block < 0) return;
-    __builtin_prefetch(&entry(block));
-    __builtin_prefetch(this->tokens(block));
-    __builtin_prefetch(this->tokens(block) + block_size_ / 2);
-  }
 }
 
 PrefixCache::Place PrefixCache::find(const int64_t* tokens, const Chain& chain) const {
@@ -118,13 +102,20 @@ void PrefixCache::insert(int32_t block, const int64_t* tokens, Hash128 hash, Cha
   table_.insert(hash, block);
   const int64_t place = static_cast<uint32_t>(block) % kChunk;
   std::copy_n(tokens, block_size_, &chunk.tokens[place * block_size_]);
-  chunk.entries[place] = {hash, next_id_++, chain->last};
+  chunk.entries[place] = {hash, next_id_++, chain->last, -1};
+  if (chain->block >= 0 && entry(chain->block).id == chain->last) entry(chain->block).next = block;
   *chain = ending_with(block);
 }
 
-void PrefixCache::erase(int32_t block) { table_.erase(entry(block).hash); }
+// Its id goes too, so that neither a chain nor a block before takes it for what it was.
+void PrefixCache::erase(int32_t block) {
+  table_.erase(entry(block).hash);
+  entry(block) = {};
+}
 
-Chain PrefixCache::ending_with(int32_t block) const { return {entry(block).hash, entry(block).id}; }
+Chain PrefixCache::ending_with(int32_t block) const {
+  return {entry(block).hash, entry(block).id, block};
+}
 
 void PrefixCache::check(int32_t block) const {
   require_invariant(!chunks_[static_cast<uint32_t>(block) / kChunk].entries.empty() &&
@@ -142,6 +133,11 @@ PrefixCache::Chunk& PrefixCache::chunk_of(int32_t block) {
     chunk.tokens = std::move(tokens);
   }
   return chunk;
+}
+
+PrefixCache::Entry& PrefixCache::entry(int32_t block) {
+  return chunks_[static_cast<uint32_t>(block) / kChunk]
+      .entries[static_cast<uint32_t>(block) % kChunk];
 }
 
 const PrefixCache::Entry& PrefixCache::entry(int32_t block) const {

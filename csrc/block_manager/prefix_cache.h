@@ -16,8 +16,9 @@ namespace paged_ops {
 
 // How far a prefix has been followed.
 struct Chain {
-  Hash128 hash;       // of the salt and all tokens so far
-  uint64_t last = 0;  // the entry it ends with; before the first block, the salt
+  Hash128 hash;        // of the salt and all tokens so far
+  uint64_t last = 0;   // the entry it ends with; before the first block, the salt
+  int32_t block = -1;  // whose entry that is, or was
 };
 
 class PrefixCache {
@@ -56,6 +57,7 @@ class PrefixCache {
     Hash128 hash;
     uint64_t id = 0;        // never used again: tells a block from those that it held before
     uint64_t previous = 0;  // id of the entry before, or the salt
+    int32_t next = -1;      // the block last entered after this one: most likely the next hit too
   };
   // Memory for what few blocks of a large pool may ever need.
   struct Chunk {
@@ -63,15 +65,9 @@ class PrefixCache {
     std::vector<int64_t> tokens;
   };
 
-  struct Candidate {
-    Hash128 hash;
-    int32_t block;  // of this hash, or -1
-  };
-
-  void load_candidates(const int64_t* tokens, int64_t count, Hash128 hash,
-                       Candidate* candidates) const;
   Hash128 extend(Hash128 hash, const int64_t* tokens) const;
   Chunk& chunk_of(int32_t block);
+  Entry& entry(int32_t block);
   const Entry& entry(int32_t block) const;
   const int64_t* tokens(int32_t block) const;
   bool holds(int32_t block, const int64_t* tokens, uint64_t previous) const;
