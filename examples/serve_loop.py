@@ -286,7 +286,7 @@ def plot(report: Report, path: Path) -> None:
     axes.stackplot(range(report.steps), *rows.values(), labels=["held by requests", "cached"])
     axes.set(xlabel="step", ylabel="blocks", xlim=(0, report.steps - 1))
     axes.set_ylim(0, sum(vars(report.block_use[0]).values()))
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower center")
     figure.savefig(path, dpi=120)
 
 
