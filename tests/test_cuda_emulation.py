@@ -19,7 +19,10 @@ from torch.utils.cpp_extension import include_paths, library_paths
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 HOST_ONLY = {"register", "device"}  # take a stream or a device
-SELECTION = "cpu and (masks or dtypes or block_sizes or empty_rows or nan or random or cache_ops)"
+SELECTION = (
+    "cpu and (masks or dtypes or block_sizes or empty_rows or nan or random or cache_ops"
+    " or query_lens or options_of_cut)"
+)
 
 
 find_cuda_root = runpy.run_path(str(ROOT / "setup.py"))["find_cuda_root"]
