@@ -169,7 +169,7 @@ class GraphModule(torch.nn.Module):
 
         write_kv_default = torch.ops.paged.write_kv.default(key, value, l_caches_0_, l_slots_, k_scale = None, v_scale = None);  key = value = l_slots_ = write_kv_default = None
 
-        attention_default: "f32[4, 4, 16]" = torch.ops.paged.attention.default(l_hidden_, l_caches_0_, l_block_table_, l_seq_lens_, None, scale = None, causal = True, window = -1, softcap = 0.0, alibi_slopes = None, sinks = None, k_scale = None, v_scale = None, batch_invariant = False);  l_caches_0_ = l_block_table_ = l_seq_lens_ = None
+        attention_default: "f32[4, 4, 16]" = torch.ops.paged.attention.default(l_hidden_, l_caches_0_, l_block_table_, l_seq_lens_, None);  l_caches_0_ = l_block_table_ = l_seq_lens_ = None
 
         sin: "f32[4, 4, 16]" = attention_default.sin();  attention_default = None
         hidden: "f32[4, 4, 16]" = l_hidden_ + sin;  l_hidden_ = sin = None
