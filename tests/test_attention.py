@@ -178,6 +178,18 @@ def test_masked_nan_does_not_leak(device):
     assert after[3].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_masked_nan_does_not_leak_to_far_tokens(dtype, device):
+    """The same where a row sees a few of a tile's keys only, and some rows none of them."""
+    case = Case(seq_lens=(60,), query_lens=(50,), head_size=36, dtype=dtype)
+    inputs = make_inputs(case).to(device)
+    before = ops.attention(*inputs.args)
+    inputs.kv_cache[inputs.block_table[0, 3], :, 11] = math.nan  # token 59, the last
+    after = ops.attention(*inputs.args)
+    assert torch.equal(before[:49], after[:49])
+    assert after[49].isnan().all()
+
+
 @pytest.mark.parametrize("value", [-1e5, 1e5])
 def test_large_scores_do_not_overflow(value, device):
     inputs = make_inputs(Case(seq_lens=(40,))).to(device)

@@ -179,15 +179,16 @@ template <typename Math, typename T>
 void add_values(const AttentionParams& params, const Unit& unit, const Tile<T>& tile,
                 int64_t head_offset, bool all_seen, float* packed, Product<Math, Packed> product) {
   const int num_keys = tile.num_keys, head_size = params.head_size;
-  pack_values<Math>(HeadRows<T>(tile.values, head_offset, {0, num_keys}), num_keys, head_size,
-                    packed);
+  pack_values<Math>(HeadRows<T>(tile.values, head_offset, num_keys, {0, num_keys}), num_keys,
+                    head_size, packed);
   if (all_seen || all_finite(product, head_size)) return multiply(product);
   // Some row does not see a value that is not finite, and its weight 0 would not keep it out.
   const int num_rows = product.num_rows;
   product.num_rows = 1;
   for (int i = 0; i < num_rows; ++i) {
     const KeyRange seen = seen_in_tile(params, unit, tile, i / params.group_size());
-    pack_values<Math>(HeadRows<T>(tile.values, head_offset, seen), num_keys, head_size, packed);
+    pack_values<Math>(HeadRows<T>(tile.values, head_offset, num_keys, seen), num_keys, head_size,
+                      packed);
     multiply(product);
     product.a += product.a_stride;
     product.c += product.c_stride;
@@ -224,7 +225,7 @@ void attend_tile(const AttentionParams& params, const Unit& unit, const Tile<T>&
   const int num_rows = static_cast<int>(space.num_rows);
   const KeyRange all{0, tile.num_keys};
 
-  const HeadRows<T> keys(tile.keys, head * params.key_cache.stride_head, all);
+  const HeadRows<T> keys(tile.keys, head * params.key_cache.stride_head, tile.num_keys, all);
   const auto* const query = space.query + first_row * space.query_stride;
   if (num_rows <= kMaxDirectRows) {
     int row = 0;
@@ -266,7 +267,7 @@ void attend_tile(const AttentionParams& params, const Unit& unit, const Tile<T>&
                                           divide_up(params.head_size, kLanes)};
   };
   if (all_seen && num_rows <= kMaxDirectRows) {
-    const HeadRows<T> values(tile.values, offset, all);
+    const HeadRows<T> values(tile.values, offset, tile.num_keys, all);
     with_whole<Math>(params.head_size, [&](auto whole) {
       multiply(sum_of(Unpacked<Math, T, whole()>{values.row, params.head_size, &ahead}));
     });

@@ -3,11 +3,11 @@
 // together in a fixed order: a sequence's result is the same, bit for bit, wherever and beside
 // whatever it runs.
 //
-//   query tile   some consecutive tokens of a sequence; its rows are their query heads of one KV
-//   head split        a range of keys; only few-token sequences are split, their partial results
-//   merged unit         a query tile x a split x KV heads: all of them for few rows (decode walks
-//   the cache
-//                as it lies in memory), one for many (prefill works out of the processor's cache)
+// - A query tile is some consecutive tokens of a sequence; its rows are their query heads of one KV
+//   head.
+// - A split is a range of keys; only few-token sequences are split, their partial results merged.
+// - A unit is a query tile x a split x KV heads: all of them for few rows (decode walks the cache
+//   as it lies in memory), one for many (prefill works out of the processor's cache).
 #pragma once
 
 #include <cstdint>

@@ -91,11 +91,11 @@ template <typename T>
 struct HeadRows {
   const T* row[kTileKeys];
 
-  // Of rows given for head 0, null where there is none, those in `range`; zeros up to a whole
-  // number of vectors.
-  HeadRows(const T* const* rows, int64_t head_offset, KeyRange range) {
+  // Of `num_keys` rows given for head 0, null where there is none, those in `range`; the others,
+  // and those up to a whole number of vectors, are zeros.
+  HeadRows(const T* const* rows, int64_t head_offset, int num_keys, KeyRange range) {
     const T* const zeros = reinterpret_cast<const T*>(kZeroRow);
-    const int end = static_cast<int>(round_up(range.end, kLanes));
+    const int end = static_cast<int>(round_up(num_keys, kLanes));
     for (int key = 0; key < end; ++key) {
       const bool counts = (range.begin <= key) & (key < range.end) & (rows[key] != nullptr);
       row[key] = counts ? rows[key] + head_offset : zeros;
