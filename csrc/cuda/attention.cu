@@ -1,11 +1,10 @@
 // Which kernel computes a call, and what it needs for that.
-#include <initializer_list>
-
 #include "../dispatch.h"
 #include "decode.h"
 #include "kernels.h"
 #include "pieces.cuh"
 #include "portable.cuh"
+#include "words.h"
 
 namespace paged_ops::cuda {
 namespace {
@@ -17,17 +16,10 @@ using BuiltMatrixCacheTypes = Built<DType::kFloat16, DType::kBFloat16, DType::kF
 // Elements of a head that a lane of the portable kernel holds: head sizes up to 32, 64, ... 256.
 using BuiltElements = Built<1, 2, 3, 4, 6, 8>;
 
-// Whether an address and strides (in elements) are multiples of `bytes`.
-bool aligned(const void* address, std::initializer_list<int64_t> lengths, int element_bytes,
-             int bytes) {
-  uint64_t bits = reinterpret_cast<uintptr_t>(address);
-  for (const int64_t length : lengths) bits |= static_cast<uint64_t>(length * element_bytes);
-  return bits % bytes == 0;
-}
-
-bool aligned(const CacheHalf<const void*>& half, int head_size, int element_bytes) {
-  return aligned(half.data, {half.stride_block, half.stride_slot, half.stride_head, head_size},
-                 element_bytes, 16);
+// Of one half of the cache.
+int widest_cache_word(const CacheHalf<const void*>& half, int head_size, int element_bytes) {
+  return widest_word(element_bytes, {half.data},
+                     {half.stride_block, half.stride_slot, half.stride_head, head_size});
 }
 
 // The matrix units take 16-bit numbers, and rows that are loaded 16 bytes at a time.
@@ -35,11 +27,12 @@ bool fits_matrix_units(const AttentionParams& params) {
   if (params.query_dtype == DType::kFloat32) return false;
   const int cache_bytes = bytes_of(params.cache_dtype);
   const int out_bytes = bytes_of(params.out_dtype);
-  return aligned(params.key_cache, params.head_size, cache_bytes) &&
-         aligned(params.value_cache, params.head_size, cache_bytes) &&
-         aligned(params.query, {params.query_stride_token, params.query_stride_head}, 2, 4) &&
-         aligned(params.out, {params.out_stride_token, params.out_stride_head}, out_bytes,
-                 2 * out_bytes);
+  return widest_cache_word(params.key_cache, params.head_size, cache_bytes) == 16 &&
+         widest_cache_word(params.value_cache, params.head_size, cache_bytes) == 16 &&
+         widest_word(2, {params.query}, {params.query_stride_token, params.query_stride_head}) >=
+             4 &&
+         widest_word(out_bytes, {params.out}, {params.out_stride_token, params.out_stride_head}) >=
+             2 * out_bytes;
 }
 
 void run_portable(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {

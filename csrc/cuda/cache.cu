@@ -5,12 +5,12 @@
 // moves as numbers.
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 
 #include "../dispatch.h"
 #include "element.cuh"
 #include "kernels.h"
 #include "launch.h"
+#include "words.h"
 
 namespace paged_ops::cuda {
 namespace {
@@ -41,15 +41,6 @@ struct WordOf<16> {
 };
 
 using BuiltWordBytes = Built<1, 2, 4, 8, 16>;
-
-// The widest word that sits at every address and divides every length and stride (in elements).
-int widest_word(int element_bytes, std::initializer_list<const void*> addresses,
-                std::initializer_list<int64_t> lengths) {
-  uint64_t bits = 16;
-  for (const void* const address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
-  for (const int64_t length : lengths) bits |= static_cast<uint64_t>(length * element_bytes);
-  return static_cast<int>(bits & -bits);  // the lowest bit set: the largest power of two
-}
 
 template <typename Word>
 __device__ void convert(Word from, float, Word& to) {

@@ -12,7 +12,6 @@
 // last CTA that has a piece of it puts it together. One launch, no plan and no length on the host.
 #pragma once
 
-#include <climits>
 #include <cstdint>
 
 #include "fragments.cuh"
@@ -174,12 +173,13 @@ __device__ void wait_for_oldest(int num_stages) {
 template <typename Cache, int kHeadSize, int kTiles>
 struct DecodeRows {
   using Shape = DecodeShape<sizeof(Cache), kHeadSize, kTiles>;
+
   RowBlock block;
   KeyRange seen_by_all;  // keys that no row has masked
   RowFragment query[kTiles][kHeadSize / 16];
   RowScores<kTiles> scores;
   RowSoftmax<kTiles, kHeadSize> softmax;
-  float weights[kTiles][DecodeShape<sizeof(Cache), kHeadSize, kTiles>::kKeys / 8][4];
+  float weights[kTiles][Shape::kKeys / 8][4];
 
   __device__ void begin(const AttentionParams& params, const RowBlock& rows, int lane) {
     block = rows;
@@ -329,7 +329,7 @@ struct DecodeRows {
       float& maximum = softmax.maximum[tile][half];
       const float other = cell[half * kWarpSize];
       const float raised = fmaxf(maximum, other);
-      const float base = raised == -INFINITY ? 0.0f : raised;
+      const float base = base_of(raised);
       mine[half] = exp2_approx(maximum - base);
       others[half] = exp2_approx(other - base);
       maximum = raised;

@@ -33,7 +33,7 @@ struct PieceStore {
   }
 };
 
-// The pieces of one sequence in one column of CTAs, where its rows are kept in the store.
+// A sequence of which a CTA has stored a piece.
 struct CutSequence {
   Piece piece;       // this CTA's
   int32_t num_rows;  // of each head
@@ -146,7 +146,7 @@ class PieceMerger {
         const float2 softmax = __ldcg(softmaxes + row_of(part));
         const float mine = batch + lane < count ? softmax.x : -INFINITY;
         const float raised = fmaxf(maximum, warp_max(mine));
-        const float base = raised == -INFINITY ? 0.0f : raised;
+        const float base = base_of(raised);
         const float weight = exp2_approx(mine - base);
         const float shrink = exp2_approx(maximum - base);
         maximum = raised;

@@ -47,7 +47,7 @@ struct RowSoftmax {
           largest = fmaxf(largest, fmaxf(score[2 * half], score[2 * half + 1]));
         }
         largest = quad_max(largest);
-        const float base = largest == -INFINITY ? 0.0f : largest;
+        const float base = base_of(largest);
         shrink[half] = exp2_approx(maximum[tile][half] - base);
         raised = raised || largest != maximum[tile][half];
         maximum[tile][half] = largest;

@@ -11,6 +11,10 @@ namespace paged_ops::cuda {
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
+// What logits are measured from: their maximum, but 0 where that is -inf, since -inf - -inf would
+// make the weight of nothing NaN.
+__device__ inline float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
 // One query head's state in a warp. `maximum` and `sum` are the same in every lane; lane l holds
 // the elements l, l + 32, ... of the head. A state that has seen no key is (-inf, 0, 0).
 template <int kElements>
@@ -19,11 +23,10 @@ struct SoftmaxState {
   float sum = 0.0f;           // of exp2(logit - maximum)
   float out[kElements] = {};  // of exp2(logit - maximum) * value
 
-  // Raises the maximum to at least `logit` and returns what the logits are measured from: the
-  // maximum, but 0 where that is -inf, since -inf - -inf would make the weight of nothing NaN.
+  // Raises the maximum to at least `logit` and returns what the logits are measured from.
   __device__ float rebase(float logit) {
     const float raised = fmaxf(maximum, logit);
-    const float base = raised == -INFINITY ? 0.0f : raised;
+    const float base = base_of(raised);
     const float shrink = exp2f(maximum - base);
     maximum = raised;
     sum *= shrink;
