@@ -10,7 +10,7 @@ template <typename Cache>
 DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits) {
   DecodePlan plan{};
   dispatch(BuiltHeadSizes{}, built_for(BuiltHeadSizes{}, params.head_size), "head_size",
-           [&](auto size) { plan = Decode<Cache, size(), 1>::plan(params, limits); });
+           [&](auto size) { plan = Decode<Cache, size()>::plan(params, limits); });
   return plan;
 }
 
@@ -18,7 +18,7 @@ template <typename Cache>
 void run_decode(const AttentionParams& params, const DecodePlan& plan, const PieceStore& store,
                 cudaStream_t stream) {
   dispatch(BuiltHeadSizes{}, built_for(BuiltHeadSizes{}, params.head_size), "head_size",
-           [&](auto size) { Decode<Cache, size(), 1>::launch(params, plan, store, stream); });
+           [&](auto size) { Decode<Cache, size()>::launch(params, plan, store, stream); });
 }
 
 }  // namespace paged_ops::cuda

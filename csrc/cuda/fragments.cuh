@@ -14,6 +14,8 @@
 
 namespace paged_ops::cuda {
 
+inline constexpr int kRows = 16;  // query rows of a fragment
+
 template <typename Cache>
 inline constexpr bool kIsFloat8 = std::is_same_v<Cache, __nv_fp8_e4m3>;
 
@@ -29,6 +31,14 @@ __device__ inline uint32_t pack(__nv_bfloat16, float low, float high) {
 __device__ inline uint32_t pack(__half, float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ inline float2 unpack(__nv_bfloat16, uint32_t pair) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+
+__device__ inline float2 unpack(__half, uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
 // Two float8 (the low 16 bits) as two float16.
@@ -59,10 +69,11 @@ struct SharedRows {
 // the same way in keys and queries, and in values and sums, so that no byte moves between lanes.
 template <typename Cache>
 struct Columns {
+  static constexpr int kPart = kIsFloat8<Cache> ? 2 : 8;  // from part 0 to part 1 of a lane
+
   // The first of two neighbouring columns: `part` 0 or 1 of step `step` of 16.
   __device__ static int of(int step, int part, int lane) {
-    if constexpr (kIsFloat8<Cache>) return step * 16 + (lane & 3) * 4 + part * 2;
-    return step * 16 + part * 8 + (lane & 3) * 2;
+    return step * 16 + part * kPart + (lane & 3) * (kIsFloat8<Cache> ? 4 : 2);
   }
 };
 

@@ -14,7 +14,6 @@
 
 namespace paged_ops::cuda {
 
-inline constexpr int kRows = 16;       // query rows of a matrix fragment
 inline constexpr int kMaxChunks = 16;  // pieces of a sequence in the batch-invariant mode
 inline constexpr int kMinChunkTokens = 1024;
 inline constexpr int kMinTilesPerShare = 2;  // fewer do not pay for being put together
@@ -27,25 +26,29 @@ struct DeviceLimits {
 };
 
 // Sizes of the decode kernel for a cache with elements of kElementBytes and head sizes up to
-// kHeadSize and kRowTiles * 16 query rows.
-template <int kElementBytes, int kHeadSize, int kRowTiles>
+// kHeadSize.
+template <int kElementBytes, int kHeadSize>
 struct DecodeShape {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kTiles = kRowTiles;  // of kRows query rows
-  static constexpr int kMaxRows = kTiles * kRows;
   static constexpr int kRowBytes = kHeadSize * kElementBytes;
   static constexpr int kChunks = kRowBytes / 16;
   // An odd number of 16 bytes: eight rows one below the other then lie in different banks.
   static constexpr int kPitch = (kChunks | 1) * 16;
-  static constexpr int kKeys = kRowBytes >= 192 ? 16 : 32;  // of a warp in each stage
-  static constexpr int kStageRows = kWarps * kKeys;
-  static constexpr int kHalfBytes = kStageRows * kPitch;  // keys, then values
-  static constexpr int kStageBytes = 2 * kHalfBytes;      // about 32 KB
+  static constexpr int kKeys = kRowBytes >= 192 && kElementBytes == 2 ? 16 : 32;  // of a warp
+  static constexpr int kStageKeys = kWarps * kKeys;
+  static constexpr int kHalfBytes = kKeys * kPitch;  // a warp's keys, then its values
+  static constexpr int kWarpBytes = 2 * kHalfBytes;
+  static constexpr int kStageBytes = kWarps * kWarpBytes;  // about 32 KB
   static constexpr int kMaxStages = 6;
   static constexpr int kCtasPerMultiprocessor = 3 * kStageBytes <= 111 << 10 ? 2 : 1;
   // Threads that load one row: as many as it has chunks of 16 bytes, or some more.
   static constexpr int kRowThreads = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+  // Floats from row to row of a warp's results, where these take the place of keys and values.
+  static constexpr int kResultPitch = kHeadSize + 4;
+  // Of 8 query rows that a warp computes at once: its registers have no room for more.
+  static constexpr int kMaxTiles = kHeadSize <= 128 ? 2 : 1;
+  static_assert(8 * kMaxTiles * kResultPitch * 4 <= kWarpBytes);
 };
 
 // What the decode kernel is told beside the params.
@@ -57,6 +60,7 @@ struct DecodePlan {
   int32_t num_columns;    // groups of KV heads, times row_chunks
   int32_t heads;          // KV heads of a CTA: 1, 2 or 4
   int32_t heads_log2;
+  int32_t tiles;         // of 8 query rows
   int32_t row_chunks;    // CTAs that share the query rows of a group: 1 unless they are too many
   int32_t rows_per_cta;  // at most
   int32_t stages;
@@ -94,6 +98,14 @@ inline int heads_log2_for(const AttentionParams& params) {
   return params.num_kv_heads % 4 == 0 ? 2 : params.num_kv_heads % 2 == 0 ? 1 : 0;
 }
 
+// Tiles of 8 query rows. Two where the query heads of one token need them, and where it seems that
+// most sequences have several tokens; a few with many have a kernel of their own.
+inline int row_tiles_for(const AttentionParams& params) {
+  const bool few_tokens_each = params.num_tokens > params.num_seqs &&
+                               params.num_tokens * params.group_size() <= params.num_seqs * 16;
+  return params.group_size() > 8 || few_tokens_each ? 2 : 1;
+}
+
 template <typename Shape>
 DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits,
                        int static_bytes) {
@@ -101,12 +113,14 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
   const int group_size = params.group_size();
   plan.heads_log2 = heads_log2_for(params);
   plan.heads = 1 << plan.heads_log2;
-  plan.tile_keys_log2 = log2_of(Shape::kStageRows) - plan.heads_log2;
+  plan.tile_keys_log2 = log2_of(Shape::kStageKeys) - plan.heads_log2;
   plan.tile_keys = 1 << plan.tile_keys_log2;
+  plan.tiles = std::min(row_tiles_for(params), Shape::kMaxTiles);
+  const int rows = 8 * plan.tiles;
   const bool one_token = params.query_start_loc == nullptr;
-  plan.max_query_len = one_token ? 1 : std::max(Shape::kMaxRows / group_size, 1);
-  plan.row_chunks = (group_size + Shape::kMaxRows - 1) / Shape::kMaxRows;
-  plan.rows_per_cta = std::min(plan.max_query_len * group_size, Shape::kMaxRows);
+  plan.max_query_len = one_token ? 1 : std::max(rows / group_size, 1);
+  plan.row_chunks = (group_size + rows - 1) / rows;
+  plan.rows_per_cta = std::min(plan.max_query_len * group_size, rows);
   plan.num_columns = params.num_kv_heads / plan.heads * plan.row_chunks;
   const Residency resident = residency<Shape>(limits, static_bytes);
   plan.stages = resident.stages;

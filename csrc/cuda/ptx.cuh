@@ -21,7 +21,8 @@ __device__ inline unsigned char* dynamic_shared_memory() {
   return memory;
 }
 
-// Copies 16 bytes in the background, past L1; zeros where there is nothing to read.
+// Copies 16 bytes in the background, past L1; zeros where there is nothing to read: `from` may then
+// point anywhere.
 __device__ inline void copy_async_16(SharedAddress to, const void* from, bool present) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(present ? 16 : 0)
@@ -50,6 +51,14 @@ __device__ inline void load_matrices_transposed(SharedAddress row, uint32_t (&to
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(row));
+}
+
+// The transpose of an 8 x 8 matrix of 16-bit elements: lane l gives elements 2 * (l % 4) and the
+// next of row l / 4, and gets those of column l / 4.
+__device__ inline uint32_t transpose_matrix(uint32_t row) {
+  uint32_t column;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(row));
+  return column;
 }
 
 // c += a * b for a [16, 16] (row-major fragments) and b [16, 8] (column-major), sums in float32.

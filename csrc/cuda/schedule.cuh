@@ -3,7 +3,7 @@
 // The work is a row of units: the tiles of the first sequence, then of the second, and so on. Share
 // i of n gets the units total * i / n and on, so that shares differ by one tile at most, whatever
 // the lengths (stream-K; "LeanAttention", Sanovar et al., 2024). A sequence that several shares
-// have a part of is put together at the end (merge_pieces.cuh).
+// have a part of is put together at the end (pieces.cuh).
 //
 // In the batch-invariant mode a unit is a chunk of tiles that depends on its sequence alone, and is
 // never cut: the pieces of a sequence, and so its result to the bit, are the same in every batch.
@@ -137,6 +137,15 @@ __device__ Share find_share(const AttentionParams& params, const DecodePlan& pla
   return share;
 }
 
+// Keys that are computed together. A piece is what one CTA computes of one sequence.
+struct Tile {
+  int32_t seq;
+  int32_t first_key;
+  uint32_t seq_begin;    // the first unit of the sequence
+  uint32_t piece_begin;  // and of the piece
+  bool ends_piece;
+};
+
 // A walk over the tiles of a share, the same in every thread.
 class Walk {
  public:
@@ -148,15 +157,11 @@ class Walk {
   }
 
   __device__ bool done() const { return unit_ == end_; }
-  __device__ int32_t seq() const { return seq_; }
   __device__ const Span& span() const { return span_; }
-  __device__ bool last_of_piece() const { return tile_ + 1 == piece_end_; }
-  __device__ int32_t first_key(const DecodePlan& plan) const {
-    return ((span_.begin >> plan.tile_keys_log2) + tile_) << plan.tile_keys_log2;
+  __device__ Tile tile(const DecodePlan& plan) const {
+    const int32_t key = ((span_.begin >> plan.tile_keys_log2) + tile_) << plan.tile_keys_log2;
+    return {seq_, key, seq_begin_, unit_, tile_ + 1 == piece_end_};
   }
-  // The first unit of the sequence, and of the piece that the walk is in.
-  __device__ uint32_t seq_begin() const { return seq_begin_; }
-  __device__ uint32_t piece_begin() const { return unit_; }
 
   __device__ void advance(const AttentionParams& params, const DecodePlan& plan) {
     if (++tile_ < piece_end_) return;
@@ -206,14 +211,17 @@ struct Piece {
   int32_t second_slot;
   int32_t stride;  // from there on
 
-  __device__ static Piece at(const DecodePlan& plan, const Share& share, const Walk& walk) {
-    const uint32_t begin = walk.seq_begin();
+  // The piece that `tile` belongs to.
+  __device__ static Piece of(const DecodePlan& plan, const Share& share, const Tile& tile,
+                             const Span& span) {
+    const uint32_t begin = tile.seq_begin;
     if (plan.batch_invariant) {
-      return {static_cast<int32_t>(walk.piece_begin() - begin), num_units(plan, walk.span()),
-              static_cast<int32_t>(begin), static_cast<int32_t>(begin) + 1, 1};
+      return {static_cast<int32_t>(tile.piece_begin - begin),
+              static_cast<int32_t>(num_units(plan, span)), static_cast<int32_t>(begin),
+              static_cast<int32_t>(begin) + 1, 1};
     }
     const int32_t first = share.all.share_of(begin);
-    const int32_t last = share.all.share_of(begin + walk.span().num_tiles - 1);
+    const int32_t last = share.all.share_of(begin + span.num_tiles - 1);
     return {static_cast<int32_t>(share.index) - first, last - first + 1, 2 * first + 1,
             2 * first + 2, 2};
   }

@@ -39,7 +39,7 @@ struct Scores {
   // In base 2; `distance` is position minus key.
   __device__ float logit(float dot, int32_t distance) const {
     float score = scale * dot;
-    if (softcap > 0.0f) score = softcap * tanhf(score / softcap);
+    if (softcap > 0.0f) score = softcap * tanhf(__fdividef(score, softcap));
     score -= alibi_slope * static_cast<float>(abs(distance));
     return score * kLog2E;
   }

@@ -95,6 +95,7 @@ template <typename Vector>
 Vector __ldcg(const Vector* address) {
   return *address;
 }
+inline float __fdividef(float x, float y) { return x / y; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const unsigned long bytes = x | static_cast<unsigned long>(y) << 32;
   unsigned result = 0;

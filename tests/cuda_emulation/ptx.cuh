@@ -62,6 +62,16 @@ inline void load_matrices_transposed(SharedAddress row, uint32_t (&to)[4]) {
   }
 }
 
+inline uint32_t transpose_matrix(uint32_t row) {
+  uint64_t rows[32];
+  const int lane = emulation::gather(row, rows);
+  const auto at = [&](int i) {
+    const uint64_t word = rows[(lane % 4 * 2 + i) * 4 + lane / 4 / 2];
+    return static_cast<uint32_t>(word >> (16 * (lane / 4 % 2))) & 0xffffu;
+  };
+  return at(0) | at(1) << 16;
+}
+
 inline float operand(__nv_bfloat16, uint32_t bits) {
   const uint32_t wide = bits << 16;
   float x;
