@@ -35,33 +35,39 @@ class Agenda {
   // Where in Memory::places the tokens of a tile begin.
   __device__ int entry(int index) const { return index << plan_.tile_keys_log2 & (kEntries - 1); }
 
-  // Makes tile `index` known after the next barrier: to be called by all threads for -1, 0, 1, ...
-  // The first call asks for the first batch, and what is placed then is never read.
-  __device__ void prepare(int index) {
-    if (index >= 0 && entry(index) % kThreads != 0) return;
-    place();
-    look_up();
+  // What the loop does for tile `index` = -1, 0, 1, ..., all threads: before it is fetched, and
+  // after. Tile -1 is none: with it the first batch is asked for.
+  __device__ void place(int index) {
+    if (index >= 0 && begins_batch(index)) place();
+  }
+  __device__ void look_up(int index) {
+    if (index < 0 || begins_batch(index)) look_up();
   }
 
  private:
   static constexpr int kRing = 32;
 
+  __device__ bool begins_batch(int index) const { return entry(index) % kThreads == 0; }
+
   __device__ void look_up() {
-    const int mine = threadIdx.x >> plan_.tile_keys_log2;
-    const int tiles = kThreads >> plan_.tile_keys_log2;
+    const int32_t tiles = kThreads >> plan_.tile_keys_log2;
     key_ = -1;
     int64_t row = 0;
 #pragma unroll 1
-    for (int i = 0; i < tiles && !walk_.done(); ++i) {
-      const Tile tile = walk_.tile(plan_);
-      const int32_t key = tile.first_key + (threadIdx.x & (plan_.tile_keys - 1));
-      if (i == mine && key >= walk_.span().begin && key < walk_.span().seq_len) {
-        key_ = key;
-        row = tile.seq * params_.block_table_stride;
+    for (int32_t first = 0; first < tiles && !walk_.done();) {
+      const int32_t count = min(tiles - first, walk_.left());
+      const int32_t mine = (static_cast<int32_t>(threadIdx.x) >> plan_.tile_keys_log2) - first;
+      if (0 <= mine && mine < count) {
+        const int32_t in_tile = threadIdx.x & (plan_.tile_keys - 1);
+        const Tile tile = walk_.tile(plan_, mine);
+        key_ = tile.first_key + in_tile;
+        if (key_ < tile.span.begin || key_ >= tile.span.seq_len) key_ = -1;
+        row = walk_.seq() * params_.block_table_stride;
+        if (in_tile == 0) memory_.tiles[(num_tiles_ + mine) % kRing] = tile;
       }
-      if (threadIdx.x == 0) memory_.tiles[num_tiles_ % kRing] = tile;
-      ++num_tiles_;
-      walk_.advance(params_, plan_);
+      num_tiles_ += count;
+      first += count;
+      walk_.advance(params_, plan_, count);
     }
     if (key_ >= 0) block_ = params_.block_table[row + block_of(key_)];
   }
@@ -76,7 +82,7 @@ class Agenda {
     const int64_t slot = key_ - block_of(key_) * params_.block_size;
     const auto offset = [&](const CacheHalf<const void*>& half) {
       return key_ < 0 ? -1
-                      : (block_ * half.stride_block + slot * half.stride_slot) *
+                      : (int64_t{block_} * half.stride_block + slot * half.stride_slot) *
                             static_cast<int64_t>(sizeof(Cache));
     };
     memory_.places[batch_ + threadIdx.x] = {offset(params_.key_cache), offset(params_.value_cache)};
@@ -87,10 +93,10 @@ class Agenda {
   const DecodePlan& plan_;
   Memory& memory_;
   Walk walk_;
-  int num_tiles_ = 0;     // that have been looked up
-  int batch_ = kThreads;  // where the next batch goes
-  int32_t key_ = -1;      // of the batch that has been looked up; negative: no token
-  int64_t block_ = 0;
+  int num_tiles_ = 0;  // that have been looked up
+  int batch_ = 0;      // where the next batch goes
+  int32_t key_ = -1;   // of the batch that has been looked up; negative: no token
+  int32_t block_ = 0;  // not widened before `place`: that would wait for it
 };
 
 }  // namespace paged_ops::cuda

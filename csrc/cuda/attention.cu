@@ -54,16 +54,15 @@ AttentionPlan plan_attention(const AttentionParams& params, const DeviceLimits& 
   dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype",
            [&](auto cache) { plan.decode = plan_decode<Element<cache()>>(params, limits); });
   plan.cells = num_cells(params, plan.decode);
-  plan.cell_rows = plan.decode.heads * plan.decode.rows_per_cta;
-  plan.scratch_bytes = PieceStore::bytes(plan.cells, plan.cell_rows, params.head_size);
+  plan.scratch_bytes =
+      static_cast<size_t>(plan.cells * floats_of_cell(plan.decode)) * sizeof(float);
   return plan;
 }
 
 void run_attention(const AttentionParams& params, const AttentionPlan& plan, const Scratch& scratch,
                    cudaStream_t stream) {
   if (!plan.on_matrix_units) return run_portable(params, 0, stream);
-  const PieceStore store = PieceStore::over(scratch.memory, scratch.counters, plan.cells,
-                                            plan.cell_rows, params.head_size);
+  const PieceStore store{static_cast<float*>(scratch.memory), scratch.counters, plan.cells};
   dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype",
            [&](auto cache) { run_decode<Element<cache()>>(params, plan.decode, store, stream); });
   const bool may_have_more =

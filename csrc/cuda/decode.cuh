@@ -27,37 +27,22 @@
 
 namespace paged_ops::cuda {
 
-// What one CTA is to compute, apart from the keys.
-struct CtaRows {
-  int32_t first_head;
-  int32_t first_row;
-
-  __device__ static CtaRows of(const DecodePlan& plan, int column) {
-    return {column / plan.row_chunks * plan.heads, column % plan.row_chunks * plan.rows_per_cta};
-  }
-
-  __device__ RowBlock block(const AttentionParams& params, const DecodePlan& plan, const Span& span,
-                            int head) const {
-    const int group_size = params.num_heads / params.num_kv_heads;
-    const int rows = min(plan.rows_per_cta, span.query_len * group_size - first_row);
-    return {span.first_token, span.query_len, span.seq_len, first_head + head, first_row, rows};
-  }
-};
-
 // Fetches a warp's keys and values: 16 bytes by each lane, kRowThreads lanes to a row.
 template <typename Cache, int kHeadSize>
 class TileLoader {
   using Shape = DecodeShape<sizeof(Cache), kHeadSize>;
+  using Places = Swizzle<Shape::kChunks>;
 
  public:
   // `part`: which of the CTA's parts of a tile's keys is the warp's.
   __device__ TileLoader(const AttentionParams& params, int head, int part, int lane)
       : first_row_(lane / Shape::kRowThreads * kRowsOfLane),
         part_(part * Shape::kKeys),
-        in_head_(column(lane) < params.head_size * static_cast<int>(sizeof(Cache))) {
+        in_row_(chunk(lane) < Shape::kChunks),
+        in_head_(chunk(lane) * 16 < params.head_size * static_cast<int>(sizeof(Cache))) {
     const auto first_byte = [&](const CacheHalf<const void*>& half) {
       const int64_t first = head * half.stride_head * static_cast<int64_t>(sizeof(Cache));
-      return static_cast<const char*>(half.data) + first + column(lane);
+      return static_cast<const char*>(half.data) + first + chunk(lane) * 16;
     };
     key_ = first_byte(params.key_cache);
     value_ = first_byte(params.value_cache);
@@ -66,21 +51,19 @@ class TileLoader {
   // Begins to fetch the tile whose tokens lie at `places`.
   template <typename Place>
   __device__ void load(const Place* places, SharedAddress keys) const {
-    if (Shape::kRowThreads > Shape::kChunks && column(threadIdx.x) >= Shape::kRowBytes) return;
+    if (!in_row_) return;
     places += part_ + first_row_;
-    keys += first_row_ * Shape::kPitch + column(threadIdx.x);
+    keys += first_row_ * Shape::kRowBytes + (chunk(threadIdx.x) ^ Places::of(first_row_)) * 16;
 #pragma unroll
     for (int first = 0; first < kRowsOfLane; first += kRowsAtOnce) {
       Place at[kRowsAtOnce];  // all read before the first is used
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) at[i] = places[first + i];
 #pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        load_row(keys + (first + i) * Shape::kPitch, key_, at[i].key);
-      }
+      for (int i = 0; i < kRowsAtOnce; ++i) load_row(row(keys, first + i), key_, at[i].key);
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) {
-        load_row(keys + Shape::kHalfBytes + (first + i) * Shape::kPitch, value_, at[i].value);
+        load_row(row(keys, first + i) + Shape::kHalfBytes, value_, at[i].value);
       }
     }
   }
@@ -89,7 +72,12 @@ class TileLoader {
   static constexpr int kRowsOfLane = Shape::kKeys * Shape::kRowThreads / kWarpSize;
   static constexpr int kRowsAtOnce = kRowsOfLane < 8 ? kRowsOfLane : 8;
 
-  __device__ static int column(int lane) { return lane % Shape::kRowThreads * 16; }
+  __device__ static int chunk(int lane) { return lane % Shape::kRowThreads; }
+
+  // Where the chunk goes that in the lane's first row goes to `first`.
+  __device__ static SharedAddress row(SharedAddress first, int i) {
+    return (first ^ static_cast<SharedAddress>(Places::of(i) * 16)) + i * Shape::kRowBytes;
+  }
 
   __device__ void load_row(SharedAddress to, const char* first, int64_t offset) const {
     const bool present = in_head_ && static_cast<int32_t>(offset >> 32) >= 0;  // else zeros
@@ -98,7 +86,8 @@ class TileLoader {
 
   int first_row_;
   int part_;
-  bool in_head_;
+  bool in_row_;
+  bool in_head_;  // else zeros
   const char* key_;
   const char* value_;
 };
@@ -212,27 +201,26 @@ struct DecodeRows {
   // The weights of a tile's keys, of which the warp's first is `first_key`.
   __device__ void weigh(const AttentionParams& params, const RowBlock& block, SharedAddress keys,
                         int32_t first_key, int lane) {
-    multiply_keys<Cache, kHeadSize, Shape::kKeys, kTiles>(query, keys, Shape::kPitch, lane,
-                                                          weights);
+    multiply_keys<Cache, kHeadSize, Shape::kKeys, kTiles>(query, keys, lane, weights);
     const bool masked = first_key < seen_by_all.begin || first_key + Shape::kKeys > seen_by_all.end;
     scores.template apply<Shape::kKeys>(params, block, weights, first_key, masked, lane);
     softmax.template weigh<Shape::kKeys>(weights);
   }
 
   __device__ void add_values(SharedAddress values, int lane) {
-    multiply_values<Cache, kHeadSize, Shape::kKeys, kTiles>(weights, values, Shape::kPitch, lane,
-                                                            softmax.out);
+    multiply_values<Cache, kHeadSize, Shape::kKeys, kTiles>(weights, values, lane, softmax.out);
   }
 
-  // Puts the result into shared memory, [8 * kTiles, kResultPitch] floats: the sums of a row, and
-  // after them its maximum and its sum.
-  __device__ void put(float* result, int lane) {
+  // Puts the results into shared memory, [num_rows, kResultPitch] floats: the sums of a row, and
+  // after them their maximum and the sum of the weights.
+  __device__ void put(float* results, int num_rows, int lane) {
     softmax.finish();
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float* const row = result + (tile * kColumns + query_of(lane, i)) * Shape::kResultPitch;
+        if (tile * kColumns + query_of(lane, i) >= num_rows) continue;
+        float* const row = results + (tile * kColumns + query_of(lane, i)) * Shape::kResultPitch;
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -242,103 +230,6 @@ struct DecodeRows {
         }
         if (lane < 4) store_pair(row + kHeadSize, softmax.maximum[tile][i], softmax.sum[tile][i]);
       }
-    }
-  }
-};
-
-// Writes four columns of a row, from column d on.
-__device__ inline void write_row(const AttentionParams& params, const RowBlock& block, int row,
-                                 int d, const float4& sums, const float2& softmax) {
-  const RowOutput output = RowOutput::of(params, block, row, softmax.x, softmax.y);
-  with_float_type(params.out_dtype, [&](auto type) {
-    auto* const out = static_cast<decltype(type)*>(params.out);
-    output.store(out, d, sums.x, sums.y);
-    output.store(out, d + 2, sums.z, sums.w);
-  });
-  if (params.lse != nullptr && d == 0) params.lse[output.lse_index] = output.lse;
-}
-
-// Sequences that a CTA has stored a piece of and not yet told the others: to tell them waits for
-// all that is on its way, so it is put off until the end.
-struct CutSequences {
-  static constexpr int kCapacity = 2;  // the first and the last of a share
-  int count;
-  CutSequence cut[kCapacity];
-};
-
-// What a CTA does at the end of a piece. Its functions are not inlined: they are rare, and need
-// registers that the loop over tiles would have to do without.
-struct PieceEnd {
-  const AttentionParams& params;
-  const DecodePlan& plan;
-  const PieceStore& store;
-  CutSequences& cut;
-  CtaRows cta;
-
-  // The results of the CTA's warps lie `pitch` floats apart. Warps that share a head are added up
-  // in their order.
-  __device__ __noinline__ void finish(const Share& share, const Tile& tile, const float* results,
-                                      int pitch, int row_pitch) const {
-    __syncthreads();  // all have put their results
-    const Span span = span_of(params, plan, tile.seq);
-    const Piece piece = Piece::of(plan, share, tile, span);
-    const int num_rows = cta.block(params, plan, span, 0).num_rows;
-    const int warps = blockDim.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    for (int i = threadIdx.x / kWarpSize; i < plan.heads * num_rows; i += warps) {
-      const int head = i / num_rows, row = i % num_rows;
-      const float* const from = results + head * pitch + row * row_pitch;
-      finish_row(cta.block(params, plan, span, head), piece, head, row, lane, from,
-                 plan.heads * pitch, warps / plan.heads, row_pitch - 4);
-    }
-    if (piece.count == 1) return;
-    if (threadIdx.x == 0) cut.cut[cut.count] = {piece, num_rows, span};
-    __syncthreads();
-    if (threadIdx.x == 0) ++cut.count;
-    __syncthreads();
-    if (cut.count == CutSequences::kCapacity) merge();
-  }
-
-  // Puts cut sequences together where this CTA is the last.
-  __device__ __noinline__ void merge() const {
-    const PieceMerger merger(params, plan, store);
-    for (int i = 0; i < cut.count; ++i) {
-      const CutSequence& sequence = cut.cut[i];
-      if (!merger.is_last(sequence)) continue;
-      merger.finish(
-          sequence, [&](int head, int row, int d, const float4& sums, const float2& softmax) {
-            write_row(params, cta.block(params, plan, sequence.span, head), row, d, sums, softmax);
-          });
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) cut.count = 0;
-  }
-
- private:
-  __device__ void finish_row(const RowBlock& block, const Piece& piece, int head, int row, int lane,
-                             const float* from, int pitch, int parts, int softmax_column) const {
-    float maximum = -INFINITY;
-    for (int part = 0; part < parts; ++part) {
-      maximum = fmaxf(maximum, from[part * pitch + softmax_column]);
-    }
-    for (int d = lane * 4; d < params.head_size; d += kWarpSize * 4) {
-      float4 sums{};
-      float sum = 0.0f;
-      for (int part = 0; part < parts; ++part) {
-        const float* const of_part = from + part * pitch;
-        const float weight = exp2_approx(of_part[softmax_column] - base_of(maximum));
-        const float4 values = *reinterpret_cast<const float4*>(of_part + d);
-        sums.x += weight * values.x, sums.y += weight * values.y;
-        sums.z += weight * values.z, sums.w += weight * values.w;
-        sum += weight * of_part[softmax_column + 1];
-      }
-      if (piece.count == 1) {
-        write_row(params, block, row, d, sums, {maximum, sum});
-        continue;
-      }
-      const int64_t index =
-          PieceMerger(params, plan, store).rows_of(piece.slot(piece.index), head) + row;
-      *reinterpret_cast<float4*>(store.sums + index * params.head_size + d) = sums;
-      if (d == 0) store.softmaxes[index] = {maximum, sum};
     }
   }
 };
@@ -365,7 +256,7 @@ __global__ void __launch_bounds__(DecodeShape<sizeof(Cache), kHeadSize>::kThread
   const int head = warp & (plan.heads - 1), part = warp >> plan.heads_log2;
   const CtaRows cta = CtaRows::of(plan, static_cast<int>(blockIdx.x) % plan.num_columns);
 
-  zero_rows_without_sequence(params);
+  if (params.query_start_loc != nullptr) zero_rows_without_sequence(params);
   const Share share = find_share<Shape::kThreads>(params, plan, blockIdx.x / plan.num_columns);
   if (share.begin == share.end) return;
   if (threadIdx.x == 0) {
@@ -387,7 +278,7 @@ __global__ void __launch_bounds__(DecodeShape<sizeof(Cache), kHeadSize>::kThread
   for (int next = -1, index = -plan.stages;; ++index, ++next) {
     next_stage = stage;
     stage = stage + 1 == plan.stages ? 0 : stage + 1;
-    tiles.prepare(next);
+    tiles.place(next);
     if (index >= tiles.num_tiles()) break;
     __syncthreads();  // keeps the warps in step: what is neighbouring in memory is read together
     if (0 <= next && next < tiles.num_tiles()) {
@@ -395,10 +286,11 @@ __global__ void __launch_bounds__(DecodeShape<sizeof(Cache), kHeadSize>::kThread
                   rows_of_warp + next_stage * Shape::kStageBytes);
     }
     commit_copies();
+    tiles.look_up(next);
     if (index < 0) continue;
     const Tile& tile = tiles.tile(index);
     if (begins_piece) {
-      if (lane == 0) block = cta.block(params, plan, span_of(params, plan, tile.seq), head);
+      if (lane == 0) block = cta.block(plan, tile.span, head);
       __syncwarp();
       rows.begin(params, block, lane);
     }
@@ -409,16 +301,19 @@ __global__ void __launch_bounds__(DecodeShape<sizeof(Cache), kHeadSize>::kThread
     rows.add_values(keys + Shape::kHalfBytes, lane);
     begins_piece = tile.ends_piece;
     if (begins_piece) {
-      __syncwarp();
-      unsigned char* const results = memory + stage * Shape::kStageBytes;
-      rows.put(reinterpret_cast<float*>(results + warp * Shape::kWarpBytes), lane);
-      piece_end.finish(shared.share, tile, reinterpret_cast<const float*>(results),
-                       Shape::kWarpBytes / 4, Shape::kResultPitch);
-      rows = {};  // so that no register has to be kept during the call
+      __syncthreads();  // all have read their keys and values
+      auto* const results = reinterpret_cast<float*>(memory + stage * Shape::kStageBytes);
+      rows.put(results + warp * block.num_rows * Shape::kResultPitch, block.num_rows, lane);
+      piece_end.finish(shared.share, tile, results);
+      // In the batch-invariant mode a share may have many pieces; while it goes on there is room in
+      // this stage alone.
+      const bool ends_share = index + 1 == tiles.num_tiles();
+      if (ends_share || (plan.batch_invariant && shared.cut.full())) {
+        piece_end.merge(ends_share ? reinterpret_cast<float*>(memory) : results);
+      }
+      rows = {};  // so that no register has to be kept till here
     }
   }
-  __syncthreads();
-  if (shared.cut.count > 0) piece_end.merge();
 }
 
 // The kernel for up to 8 * kTiles query rows of a KV head.

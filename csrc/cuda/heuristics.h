@@ -1,7 +1,7 @@
 // How a call is cut up, decided on the host from shapes alone: no length is read. Pure functions.
 //
 // An example: bfloat16, 32 query heads over 8 KV heads of 128, on 132 multiprocessors. Head sizes
-// from 97 to 128 are computed as 128. A stage is 4 heads x 16 keys x (K + V), 34 KB with padding;
+// from 97 to 128 are computed as 128. A stage is 4 heads x 16 keys x (K + V), 32 KB;
 // 3 of them fit twice into 228 KB, so 264 CTAs run at once. 8 KV heads are 2 groups of 4, so a
 // share of the keys belongs to 2 CTAs, and there are 132 shares.
 #pragma once
@@ -33,22 +33,21 @@ struct DecodeShape {
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kRowBytes = kHeadSize * kElementBytes;
   static constexpr int kChunks = kRowBytes / 16;
-  // An odd number of 16 bytes: eight rows one below the other then lie in different banks.
-  static constexpr int kPitch = (kChunks | 1) * 16;
   static constexpr int kKeys = kRowBytes >= 192 && kElementBytes == 2 ? 16 : 32;  // of a warp
   static constexpr int kStageKeys = kWarps * kKeys;
-  static constexpr int kHalfBytes = kKeys * kPitch;  // a warp's keys, then its values
+  static constexpr int kHalfBytes = kKeys * kRowBytes;  // a warp's keys, then its values
   static constexpr int kWarpBytes = 2 * kHalfBytes;
-  static constexpr int kStageBytes = kWarps * kWarpBytes;  // about 32 KB
   static constexpr int kMaxStages = 6;
-  static constexpr int kCtasPerMultiprocessor = 3 * kStageBytes <= 111 << 10 ? 2 : 1;
   // Threads that load one row: as many as it has chunks of 16 bytes, or some more.
   static constexpr int kRowThreads = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
-  // Floats from row to row of a warp's results, where these take the place of keys and values.
+  // Floats from row to row of results: the sums, the maximum, the sum of the weights, padding.
   static constexpr int kResultPitch = kHeadSize + 4;
   // Of 8 query rows that a warp computes at once: its registers have no room for more.
   static constexpr int kMaxTiles = kHeadSize <= 128 ? 2 : 1;
-  static_assert(8 * kMaxTiles * kResultPitch * 4 <= kWarpBytes);
+  // About 32 KB: room for the warps' keys and values, or for their results.
+  static constexpr int kStageBytes =
+      kWarps * std::max(kWarpBytes, 8 * kMaxTiles * kResultPitch * static_cast<int>(sizeof(float)));
+  static constexpr int kCtasPerMultiprocessor = 3 * kStageBytes <= 111 << 10 ? 2 : 1;
 };
 
 // What the decode kernel is told beside the params.
@@ -65,6 +64,10 @@ struct DecodePlan {
   int32_t rows_per_cta;  // at most
   int32_t stages;
   int32_t block_size_log2;  // -1: not a power of two
+  int32_t group_size;
+  int32_t result_pitch;
+  int32_t result_rows;          // that fit into the shared memory in which pieces are added up
+  uint32_t num_shares_inverse;  // 2^32 / num_shares, rounded down
   bool batch_invariant;
 };
 
@@ -125,9 +128,16 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
   const Residency resident = residency<Shape>(limits, static_bytes);
   plan.stages = resident.stages;
   plan.num_shares = std::max(limits.multiprocessors * resident.ctas / plan.num_columns, 1);
+  plan.num_shares_inverse = UINT32_MAX / static_cast<uint32_t>(plan.num_shares);
   const bool power_of_two = (params.block_size & (params.block_size - 1)) == 0;
   plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;
   plan.batch_invariant = params.batch_invariant;
+  plan.group_size = group_size;
+  plan.result_pitch = Shape::kResultPitch;
+  // Sums depend on how many fit. A batch-invariant one is also made while all but one stage is in
+  // use.
+  const int stages = plan.batch_invariant ? 1 : plan.stages;
+  plan.result_rows = stages * Shape::kStageBytes / (Shape::kResultPitch * 4);
   return plan;
 }
 

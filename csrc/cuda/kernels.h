@@ -14,7 +14,6 @@ struct AttentionPlan {
   bool on_matrix_units;
   DecodePlan decode;
   int64_t cells;  // of the PieceStore
-  int64_t cell_rows;
   size_t scratch_bytes;
 
   size_t num_counters() const { return static_cast<size_t>(2 * cells); }

@@ -8,181 +8,249 @@
 #include "../params.h"
 #include "row_output.cuh"
 #include "schedule.cuh"
-#include "softmax.cuh"
 
 namespace paged_ops::cuda {
 
-// Scratch memory of a call. A piece is what a CTA knows of its rows: [rows, head_size] sums, then
-// for each row its maximum and its sum.
+// A CTA's part of a piece, for all its rows.
+__host__ __device__ inline int32_t floats_of_cell(const DecodePlan& plan) {
+  return plan.heads * plan.rows_per_cta * plan.result_pitch;
+}
+
+// Scratch memory of a call. A row of a piece is head_size sums, their maximum and the sum of their
+// weights; the rows of all heads of a CTA lie one after the other, plan.result_pitch floats apart.
 struct PieceStore {
-  float* sums;        // [slots, columns, rows, head_size]
-  float2* softmaxes;  // [slots, columns, rows] maximum and sum
-  float2* merged;     // the same of what the first step gives, where its first piece was
+  float* rows;        // [slots, columns, cell_rows, result_pitch]
   unsigned* arrived;  // [2, slots, columns], 0 before and after every call
+  int64_t num_cells;  // slots * columns
 
-  // Bytes of the first three for `cells` = slots * columns.
-  static size_t bytes(int64_t cells, int64_t rows, int64_t head_size) {
-    return cells * rows * (head_size * sizeof(float) + 2 * sizeof(float2));
+  __device__ int64_t cell(const DecodePlan& plan, int32_t slot) const {
+    return static_cast<int64_t>(slot) * plan.num_columns +
+           static_cast<int32_t>(blockIdx.x) % plan.num_columns;
   }
-
-  static PieceStore over(void* memory, unsigned* arrived, int64_t cells, int64_t rows,
-                         int64_t head_size) {
-    auto* const sums = static_cast<float*>(memory);
-    auto* const softmaxes = reinterpret_cast<float2*>(sums + cells * rows * head_size);
-    return {sums, softmaxes, softmaxes + cells * rows, arrived};
+  __device__ float* rows_of(const DecodePlan& plan, int32_t slot) const {
+    return rows + cell(plan, slot) * floats_of_cell(plan);
   }
 };
 
-// A sequence of which a CTA has stored a piece.
+// A sequence of which a CTA has stored a piece and not yet told the others: that waits for all that
+// is on its way to memory, so it is put off until the end of the share.
 struct CutSequence {
-  Piece piece;       // this CTA's
-  int32_t num_rows;  // of each head
+  Piece piece;  // this CTA's
   Span span;
+  bool is_last;  // to arrive
 };
 
-// Adds up the pieces of sequences. Rows go to the warps of the CTA in turn; a warp's lanes have
-// four columns each.
-class PieceMerger {
- public:
-  __device__ PieceMerger(const AttentionParams& params, const DecodePlan& plan,
-                         const PieceStore& store)
-      : store_(store),
-        num_cells_(num_cells(params, plan)),
-        num_columns_(plan.num_columns),
-        column_(static_cast<int32_t>(blockIdx.x) % plan.num_columns),
-        heads_(plan.heads),
-        rows_per_head_(plan.rows_per_cta),
-        head_size_(params.head_size) {}
+struct CutSequences {
+  static constexpr int kCapacity = 2;  // the first and the last of a share
+  int count;
+  CutSequence cut[kCapacity];
 
-  // The first of a head's rows in the store.
-  __device__ int64_t rows_of(int32_t slot, int32_t head) const {
-    return (cell(slot) * heads_ + head) * rows_per_head_;
+  __device__ bool full() const { return count == kCapacity; }
+};
+
+// How many pieces meet in the first of two steps; all, if one step does.
+__device__ inline int32_t fan_in(const Piece& piece, int32_t num_rows) {
+  constexpr int kOneStep = 160;  // rows
+  if (piece.count * num_rows <= kOneStep) return piece.count;
+  return max(static_cast<int32_t>(ceilf(sqrtf(static_cast<float>(piece.count)))), 4);
+}
+
+// True for the last of `count` callers. What all threads of their CTAs have written before a
+// barrier before is there to be read after a barrier after.
+__device__ inline bool last_to_arrive(unsigned* arrived, int count) {
+  __threadfence();
+  const bool last = atomicAdd(arrived, 1u) + 1 == static_cast<unsigned>(count);
+  if (last) *arrived = 0;  // as it was found
+  __threadfence();
+  return last;
+}
+
+// What one CTA is to compute, apart from the keys.
+struct CtaRows {
+  int32_t first_head;
+  int32_t first_row;
+
+  __device__ static CtaRows of(const DecodePlan& plan, int column) {
+    return {column / plan.row_chunks * plan.heads, column % plan.row_chunks * plan.rows_per_cta};
   }
 
-  // To be called by all CTAs that have stored a piece of the sequence: true in all threads of the
-  // last, which then hands the result to `run(head, row, d, sums, softmax)` by `finish`.
-  __device__ bool is_last(const CutSequence& cut) const {
-    const int fan = fan_in(cut);
-    const int group = cut.piece.index / fan * fan;
-    const int group_size = min(fan, cut.piece.count - group);
-    const int32_t first = cut.piece.slot(group);
-    if (!last_to_arrive(store_.arrived + cell(first), group_size)) return false;
-    if (cut.piece.count <= fan) return true;
-    add_up(cut, store_.softmaxes, group, 1, group_size,
-           [&](int head, int row, int d, const float4& sums, const float2& softmax) {
-             const int64_t index = rows_of(first, head) + row;
-             *reinterpret_cast<float4*>(store_.sums + index * head_size_ + d) = sums;
-             if (d == 0) store_.merged[index] = softmax;
-           });
-    const int groups = (cut.piece.count + fan - 1) / fan;
-    return last_to_arrive(store_.arrived + num_cells_ + cell(cut.piece.slot(0)), groups);
+  __device__ RowBlock block(const DecodePlan& plan, const Span& span, int head) const {
+    const int rows = min(plan.rows_per_cta, span.query_len * plan.group_size - first_row);
+    return {span.first_token, span.query_len, span.seq_len, first_head + head, first_row, rows};
+  }
+};
+
+// What a CTA does at the end of a piece. All of it is inlined: a function that is called would have
+// to load the parameters from memory, where these loads wait behind those of keys and values.
+struct PieceEnd {
+  const AttentionParams& params;
+  const DecodePlan& plan;
+  const PieceStore& store;
+  CutSequences& cut;
+  CtaRows cta;
+
+  // The rows of the CTA's warps have been put into shared memory, one after the other. Warps that
+  // share a head are added up in their order.
+  __device__ __forceinline__ void finish(const Share& share, const Tile& tile,
+                                         float* results) const {
+    const Piece piece = Piece::of(plan, share, tile);
+    const int num_rows = rows_of(tile.span);
+    const int parts = static_cast<int>(blockDim.x / kWarpSize) >> plan.heads_log2;
+    __syncthreads();  // all have put their rows
+    add_up(piece.count == 1 ? nullptr : store.rows_of(plan, piece.slot(piece.index)), tile.span,
+           results, parts, 0, num_rows);
+    if (piece.count == 1) return;
+    if (threadIdx.x == 0) cut.cut[cut.count] = {piece, tile.span, false};
+    __syncthreads();
+    if (threadIdx.x == 0) ++cut.count;
+    __syncthreads();
   }
 
-  template <typename Run>
-  __device__ void finish(const CutSequence& cut, Run&& run) const {
-    const int fan = fan_in(cut);
-    const int groups = (cut.piece.count + fan - 1) / fan;
-    if (groups == 1) return add_up(cut, store_.softmaxes, 0, 1, cut.piece.count, run);
-    add_up(cut, store_.merged, 0, fan, groups, run);
+  // Tells the others of the pieces that have been stored, and puts sequences together of which
+  // these are the last. `room`: for result_rows rows in shared memory.
+  __device__ __forceinline__ void merge(float* room) const {
+    __syncthreads();  // all have stored their rows, and nothing is read from `room` any more
+    if (static_cast<int>(threadIdx.x) < cut.count) {
+      CutSequence& mine = cut.cut[threadIdx.x];
+      const int fan = fan_in(mine.piece, rows_of(mine.span));
+      const int group = quotient(mine.piece.index, fan) * fan;
+      mine.is_last = last_to_arrive(store.arrived + store.cell(plan, mine.piece.slot(group)),
+                                    min(fan, mine.piece.count - group));
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < cut.count; ++i) {
+      if (cut.cut[i].is_last) merge_sequence(cut.cut[i], room);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) cut.count = 0;
+    __syncthreads();
   }
 
  private:
-  __device__ int64_t cell(int32_t slot) const {
-    return static_cast<int64_t>(slot) * num_columns_ + column_;
+  // Of all heads of the CTA.
+  __device__ int rows_of(const Span& span) const {
+    return plan.heads * cta.block(plan, span, 0).num_rows;
   }
 
-  // How many pieces meet in the first of two steps; all, if one step does.
-  __device__ int32_t fan_in(const CutSequence& cut) const {
-    constexpr int kOneStep = 40;  // pieces of four rows
-    if (cut.piece.count * heads_ * cut.num_rows <= kOneStep * 4) return cut.piece.count;
-    return max(static_cast<int32_t>(ceilf(sqrtf(static_cast<float>(cut.piece.count)))), 4);
-  }
-
-  // True in all threads of the last of `count` CTAs that call it. What they have written before is
-  // there to be read (past L1) after.
-  __device__ static bool last_to_arrive(unsigned* arrived, int count) {
-    __shared__ bool last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicAdd(arrived, 1u) + 1 == static_cast<unsigned>(count);
-      if (last) {
-        *arrived = 0;  // as it was found
-        __threadfence();
+  __device__ __forceinline__ void merge_sequence(CutSequence& sequence, float* room) const {
+    const Piece& piece = sequence.piece;
+    const int fan = fan_in(piece, rows_of(sequence.span));
+    // The pieces first .. end-1, `step` apart: those of a group, then, by the last of the groups'
+    // CTAs, the first of each group, where the sums of the group are then.
+    int first = quotient(piece.index, fan) * fan, end = min(first + fan, piece.count), step = 1;
+#pragma unroll 1
+    for (;;) {
+      const bool all = end - first == piece.count;
+      float* const to = all ? nullptr : store.rows_of(plan, piece.slot(first));
+      merge_pieces(to, sequence, first, end, step, room);
+      if (all) return;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        sequence.is_last =
+            last_to_arrive(store.arrived + store.num_cells + store.cell(plan, piece.slot(0)),
+                           quotient(piece.count + fan - 1, fan));
       }
-    }
-    __syncthreads();
-    return last;
-  }
-
-  template <typename Run>
-  __device__ void add_up(const CutSequence& cut, const float2* softmaxes, int from, int step,
-                         int count, Run&& run) const {
-    const int warps = blockDim.x / kWarpSize;
-    const int rows = heads_ * cut.num_rows;
-    for (int i = threadIdx.x / kWarpSize; i < rows; i += warps) {
-      add_up_row(cut.piece, softmaxes, from, step, count, i / cut.num_rows, i % cut.num_rows, run);
+      __syncthreads();
+      if (!sequence.is_last) return;
+      first = 0, end = piece.count, step = fan;
     }
   }
 
-  // Lane k has the weight of part k, and of part k + 32, ...
-  template <typename Run>
-  __device__ void add_up_row(const Piece& piece, const float2* softmaxes, int from, int step,
-                             int count, int head, int row, Run&& run) const {
-    constexpr int kInFlight = 12;
+  // Fetches as many rows of as many pieces as there is room for, and adds them up; of more pieces
+  // the sums of the first ones take the place of one.
+  __device__ __forceinline__ void merge_pieces(float* to, const CutSequence& sequence, int first,
+                                               int end, int step, float* room) const {
+    const int all_rows = rows_of(sequence.span);
+    const int most_rows = min(all_rows, plan.result_rows / 2);
+    const int most_parts = quotient(plan.result_rows, most_rows);
+    const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
-    const int64_t stride =
-        rows_of(piece.slot(from + 2 * step), 0) - rows_of(piece.slot(from + step), 0);
-    const int64_t first = rows_of(piece.slot(from), head) + row;
-    const int64_t second = rows_of(piece.slot(from + step), head) + row;
-    const auto row_of = [&](int part) { return part == 0 ? first : second + (part - 1) * stride; };
-    float maximum = -INFINITY, sum = 0.0f;
-    for (int d = lane * 4; d - lane * 4 < head_size_; d += kWarpSize * 4) {
-      float4 out{};
-      maximum = -INFINITY;
-      sum = 0.0f;
-      for (int batch = 0; batch < count; batch += kWarpSize) {
-        const int part = min(batch + lane, count - 1);
-        const float2 softmax = __ldcg(softmaxes + row_of(part));
-        const float mine = batch + lane < count ? softmax.x : -INFINITY;
-        const float raised = fmaxf(maximum, warp_max(mine));
-        const float base = base_of(raised);
-        const float weight = exp2_approx(mine - base);
-        const float shrink = exp2_approx(maximum - base);
-        maximum = raised;
-        sum = sum * shrink + warp_sum(weight * softmax.y);
-        out.x *= shrink, out.y *= shrink, out.z *= shrink, out.w *= shrink;
-        const int end = min(kWarpSize, count - batch);
-        for (int k = 0; k < end; k += kInFlight) {
-          float4 parts[kInFlight];
-#pragma unroll
-          for (int j = 0; j < kInFlight; ++j) {
-            const float* const from_row =
-                store_.sums + row_of(batch + min(k + j, end - 1)) * head_size_;
-            if (d < head_size_) parts[j] = __ldcg(reinterpret_cast<const float4*>(from_row + d));
-          }
-#pragma unroll
-          for (int j = 0; j < kInFlight; ++j) {
-            const float of_part = warp_broadcast(weight, min(k + j, end - 1));
-            const float factor = k + j < end ? of_part : 0.0f;
-            out.x += factor * parts[j].x;
-            out.y += factor * parts[j].y;
-            out.z += factor * parts[j].z;
-            out.w += factor * parts[j].w;
+#pragma unroll 1
+    for (int row = 0; row < all_rows; row += most_rows) {
+      const int num_rows = min(most_rows, all_rows - row);
+      const int stride = num_rows * plan.result_pitch;
+#pragma unroll 1
+      for (int piece = first; piece < end;) {
+        const int kept = piece == first ? 0 : 1;
+        const int parts = min(most_parts, kept + quotient(end - piece + step - 1, step));
+        __syncthreads();  // `room` is not read any more, and has the sums
+#pragma unroll 1
+        for (int part = kept + warp; part < parts; part += warps) {
+          const int32_t slot = sequence.piece.slot(piece + (part - kept) * step);
+          const float* const from =
+              store.rows_of(plan, slot) + static_cast<int64_t>(row) * plan.result_pitch;
+          const SharedAddress at = shared_address(room + part * stride);
+#pragma unroll 4
+          for (int i = lane * 4; i < stride; i += kWarpSize * 4) {
+            copy_async_16(at + i * 4, from + i, true);
           }
         }
+        piece += (parts - kept) * step;
+        commit_copies();
+        wait_for_copies<0>();
+        __syncthreads();
+        const bool in_part = piece < end;
+        add_up(in_part ? room : to, sequence.span, room, parts, in_part ? 0 : row, num_rows);
       }
-      if (d < head_size_) run(head, row, d, out, float2{maximum, sum});
     }
   }
 
-  const PieceStore& store_;
-  int64_t num_cells_;
-  int32_t num_columns_;
-  int32_t column_;
-  int32_t heads_;
-  int32_t rows_per_head_;  // room for them
-  int32_t head_size_;
+  // Adds up rows, so many `parts` of each, [parts, num_rows, result_pitch] floats in shared memory.
+  // The results are the rows `first_row` and on: of `to` or, without it, of the output. A warp
+  // takes rows in turn, its lanes four columns each.
+  __device__ __forceinline__ void add_up(float* to, const Span& span, const float* parts,
+                                         int num_parts, int first_row, int num_rows) const {
+    const int warps = blockDim.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int pitch = plan.result_pitch, at_softmax = pitch - 4, stride = num_rows * pitch;
+#pragma unroll 1
+    for (int row = threadIdx.x / kWarpSize; row < num_rows; row += warps) {
+      const float* const first = parts + row * pitch;
+      float maximum = -INFINITY, sum = 0.0f;
+#pragma unroll 1
+      for (int part = lane; part < num_parts; part += kWarpSize) {
+        maximum = fmaxf(maximum, first[part * stride + at_softmax]);
+      }
+      maximum = warp_max(maximum);
+#pragma unroll 1
+      for (int column = lane * 4; column < pitch - 4; column += kWarpSize * 4) {
+        float4 sums{};
+        sum = 0.0f;
+#pragma unroll 4
+        for (int part = 0; part < num_parts; ++part) {
+          const float* const from = first + part * stride;
+          const float weight = exp2_approx(from[at_softmax] - base_of(maximum));
+          const float4 values = *reinterpret_cast<const float4*>(from + column);
+          sum += weight * from[at_softmax + 1];
+          sums.x += weight * values.x, sums.y += weight * values.y;
+          sums.z += weight * values.z, sums.w += weight * values.w;
+        }
+        if (to != nullptr) {
+          *reinterpret_cast<float4*>(to + (first_row + row) * pitch + column) = sums;
+        } else if (column < params.head_size) {
+          write(span, first_row + row, column, sums, maximum, sum);
+        }
+      }
+      __syncwarp();  // `to` may be where the first part is
+      if (to != nullptr && lane == 0)
+        store_pair(to + (first_row + row) * pitch + at_softmax, maximum, sum);
+    }
+  }
+
+  // Writes four columns of a row, from `column` on.
+  __device__ __forceinline__ void write(const Span& span, int row, int column, const float4& sums,
+                                        float maximum, float sum) const {
+    const int of_head = cta.block(plan, span, 0).num_rows;
+    const int head = quotient(row, of_head);
+    const RowOutput output =
+        RowOutput::of(params, cta.block(plan, span, head), row - head * of_head, maximum, sum);
+    with_float_type(params.out_dtype, [&](auto type) {
+      auto* const out = static_cast<decltype(type)*>(params.out);
+      output.store(out, column, sums.x, sums.y);
+      output.store(out, column + 2, sums.z, sums.w);
+    });
+    if (params.lse != nullptr && column == 0) params.lse[output.lse_index] = output.lse;
+  }
 };
 
 }  // namespace paged_ops::cuda

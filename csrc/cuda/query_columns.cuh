@@ -15,6 +15,29 @@ namespace paged_ops::cuda {
 
 inline constexpr int kColumns = 8;  // queries of a tile
 
+// Where 16 bytes of a row of keys or values lie in shared memory: some of a row's chunks of 16
+// bytes change places, so that the eight rows that ldmatrix reads lie in different banks. Rows that
+// are padded for that instead are written across lines, and memory is read 5 % slower.
+template <int kChunks>
+struct Swizzle {
+  // So many neighbouring chunks change places: the largest power of two up to 8 that divides.
+  static constexpr int kGroup = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
+
+  // Chunk c of a row lies where chunk c ^ of(row) would. of(a + b) = of(a) ^ of(b) where a and b
+  // have no bit in common.
+  __host__ __device__ static constexpr int of(int row) { return row / (8 / kGroup) % kGroup; }
+
+  // The address of chunk `first` (less than kGroup) of a row.
+  __device__ static SharedAddress row(SharedAddress rows, int row, int first) {
+    return rows + row * kChunks * 16 + (first ^ of(row)) * 16;
+  }
+  // From there to the chunk that is `ahead`, an even number of chunks.
+  __device__ static SharedAddress ahead(SharedAddress address, int ahead) {
+    return (address ^ static_cast<SharedAddress>(ahead % kGroup * 16)) +
+           ahead / kGroup * kGroup * 16;
+  }
+};
+
 // 16 columns of a head of 8 queries: of query l / 4, what Columns<Cache>::of says.
 using QueryFragment = uint32_t[2];
 
@@ -25,20 +48,22 @@ __device__ inline int query_of(int lane, int i) { return (lane & 3) * 2 + i; }
 __device__ inline int key_of(int lane, int half) { return half * 8 + lane / 4; }
 
 // scores = keys * queries for kKeys keys: scores[t][m][2 * half + i] is of key 16 m + key_of(half)
-// and query 8 t + query_of(i). `keys`: where they begin in shared memory, rows `pitch` bytes apart.
+// and query 8 t + query_of(i). `keys`: where they begin in shared memory.
 template <typename Cache, int kHeadSize, int kKeys, int kTiles>
 __device__ void multiply_keys(const QueryFragment (&query)[kTiles][kHeadSize / 16],
-                              SharedAddress keys, int pitch, int lane,
+                              SharedAddress keys, int lane,
                               float (&scores)[kTiles][kKeys / 16][4]) {
   using Number = Operand<Cache>;
-  const SharedAddress row = keys + (lane & 15) * pitch + (lane >> 4) * 16;
+  constexpr int kRowBytes = kHeadSize * sizeof(Cache);
+  using Places = Swizzle<kRowBytes / 16>;
+  const SharedAddress row = Places::row(keys, lane & 15, lane >> 4);
 #pragma unroll
   for (int m = 0; m < kKeys / 16; ++m) {
     float sums[kTiles][2][4] = {};  // two chains: an instruction waits for the one before it
 #pragma unroll
     for (int step = 0; step < kHeadSize / SharedRows<Cache>::kStep; ++step) {
       uint32_t key[4];
-      load_matrices(row + m * 16 * pitch + step * 32, key);
+      load_matrices(Places::ahead(row, 2 * step) + m * 16 * kRowBytes, key);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         if constexpr (kIsFloat8<Cache>) {
@@ -74,9 +99,11 @@ __device__ int value_column(int step, int half, int lane) {
 // column value_column(step, half) and query 8 t + query_of(i).
 template <typename Cache, int kHeadSize, int kKeys, int kTiles>
 __device__ void multiply_values(const float (&weights)[kTiles][kKeys / 16][4], SharedAddress values,
-                                int pitch, int lane, float (&sums)[kTiles][kHeadSize / 16][4]) {
+                                int lane, float (&sums)[kTiles][kHeadSize / 16][4]) {
   using Number = Operand<Cache>;
-  const SharedAddress row = values + ((lane & 7) + (lane >> 4) * 8) * pitch + (lane >> 3 & 1) * 16;
+  constexpr int kRowBytes = kHeadSize * sizeof(Cache);
+  using Places = Swizzle<kRowBytes / 16>;
+  const SharedAddress row = Places::row(values, (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
 #pragma unroll
   for (int m = 0; m < kKeys / 16; ++m) {
     uint32_t columns[kTiles][2];
@@ -89,7 +116,7 @@ __device__ void multiply_values(const float (&weights)[kTiles][kKeys / 16][4], S
 #pragma unroll
     for (int step = 0; step < kHeadSize / SharedRows<Cache>::kStep; ++step) {
       uint32_t value[4];
-      load_matrices_transposed(row + m * 16 * pitch + step * 32, value);
+      load_matrices_transposed(Places::ahead(row, 2 * step) + m * 16 * kRowBytes, value);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const auto& column = columns[tile];

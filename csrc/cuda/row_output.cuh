@@ -53,7 +53,6 @@ struct RowOutput {
 
 // Rows of the query that belong to no sequence: 0 in out, -inf in lse. Not inlined: it is rare.
 __device__ __noinline__ inline void zero_rows_without_sequence(const AttentionParams& params) {
-  if (params.query_start_loc == nullptr) return;
   const int64_t before = params.query_start_loc[0];
   const int64_t after = params.num_tokens - params.query_start_loc[params.num_seqs];
   const int64_t heads = params.num_heads;

@@ -26,10 +26,10 @@ struct RowPlace {
 };
 
 __device__ inline RowPlace place_of(const AttentionParams& params, const RowBlock& block, int row) {
-  const int group_size = params.num_heads / params.num_kv_heads;
+  const int group_size = quotient(params.num_heads, params.num_kv_heads);
   const int in_block = block.first_row + row;
-  const int token = in_block / group_size;
-  return {block.first_token + token, block.kv_head * group_size + in_block % group_size,
+  const int token = quotient(in_block, group_size);
+  return {block.first_token + token, block.kv_head * group_size + in_block - token * group_size,
           block.seq_len - block.query_len + token};
 }
 

@@ -64,19 +64,36 @@ __device__ inline int32_t num_units(const DecodePlan& plan, const Span& span) {
   return (span.num_tiles + chunk - 1) / chunk;
 }
 
-// Units cut into `count` shares that differ by one at most, the larger ones first.
+// Units cut into shares that differ by one at most, the larger ones first. A 32-bit division is 20
+// instructions, which at each launch come from memory too: quotients are estimated, and corrected.
 struct Shares {
-  uint32_t count;
+  uint32_t total;
+  uint32_t count;   // of shares; the last ones may be empty
   uint32_t size;    // of the smaller ones
   uint32_t larger;  // how many have one more
 
-  __device__ static Shares of(uint32_t total, uint32_t count) {
-    return {count, total / count, total % count};
+  __device__ static Shares of(uint32_t total, const DecodePlan& plan) {
+    const uint32_t count = static_cast<uint32_t>(plan.num_shares);
+    Shares shares{total, count, __umulhi(total, plan.num_shares_inverse), 0};
+    shares.larger = total - shares.size * count;
+    if (shares.larger >= count) {  // the estimate is at most one too small
+      ++shares.size;
+      shares.larger -= count;
+    }
+    const uint32_t least = plan.batch_invariant ? 1 : kMinTilesPerShare;
+    return shares.size < least ? Shares{total, count, least, 0} : shares;
   }
-  __device__ uint32_t begin_of(uint32_t share) const { return share * size + min(share, larger); }
+
+  __device__ uint32_t begin_of(uint32_t share) const {
+    return min(share * size + min(share, larger), total);
+  }
+
   __device__ uint32_t share_of(uint32_t unit) const {
-    const uint32_t in_larger = larger * (size + 1);
-    return unit < in_larger ? unit / (size + 1) : larger + (unit - in_larger) / size;
+    const float mean = static_cast<float>(size) +
+                       __fdividef(static_cast<float>(larger), static_cast<float>(count));
+    const auto share = static_cast<uint32_t>(__fdividef(static_cast<float>(unit), mean));
+    if (begin_of(share) > unit) return share - 1;
+    return begin_of(share + 1) <= unit ? share + 1 : share;
   }
 };
 
@@ -105,6 +122,7 @@ __device__ Share find_share(const AttentionParams& params, const DecodePlan& pla
   const int32_t last = min(first + run, num_seqs);
 
   uint32_t mine = 0;
+#pragma unroll 1
   for (int32_t seq = first; seq < last; ++seq) mine += num_units(plan, span_of(params, plan, seq));
   uint32_t before = warp_exclusive_sum(mine, lane);
   if (lane == kWarpSize - 1) warp_totals[warp] = before + mine;
@@ -115,14 +133,13 @@ __device__ Share find_share(const AttentionParams& params, const DecodePlan& pla
     if (i < warp) before += warp_totals[i];
     total += warp_totals[i];
   }
-  const uint32_t least = plan.batch_invariant ? 1 : kMinTilesPerShare;
-  const uint32_t count = min(static_cast<uint32_t>(plan.num_shares), (total + least - 1) / least);
-  if (index >= count) return Share{};  // nothing: begin == end
-  Share share{Shares::of(total, count), index, 0, 0, 0, 0};
+  Share share{Shares::of(total, plan), index, 0, 0, 0, 0};
   share.begin = share.all.begin_of(index);
   share.end = share.all.begin_of(index + 1);
+  if (share.begin == share.end) return share;
   if (before <= share.begin && share.begin < before + mine) {
     int32_t seq = first;
+#pragma unroll 1
     for (;; ++seq) {
       const uint32_t units = num_units(plan, span_of(params, plan, seq));
       if (share.begin < before + units) break;
@@ -137,9 +154,10 @@ __device__ Share find_share(const AttentionParams& params, const DecodePlan& pla
   return share;
 }
 
-// Keys that are computed together. A piece is what one CTA computes of one sequence.
+// Keys that are computed together, and what there is to know of them. A piece is what one CTA
+// computes of one sequence.
 struct Tile {
-  int32_t seq;
+  Span span;
   int32_t first_key;
   uint32_t seq_begin;    // the first unit of the sequence
   uint32_t piece_begin;  // and of the piece
@@ -157,18 +175,25 @@ class Walk {
   }
 
   __device__ bool done() const { return unit_ == end_; }
-  __device__ const Span& span() const { return span_; }
-  __device__ Tile tile(const DecodePlan& plan) const {
-    const int32_t key = ((span_.begin >> plan.tile_keys_log2) + tile_) << plan.tile_keys_log2;
-    return {seq_, key, seq_begin_, unit_, tile_ + 1 == piece_end_};
+  __device__ int32_t seq() const { return seq_; }
+  __device__ int32_t left() const { return piece_end_ - tile_; }  // tiles of this piece
+
+  // The tile that comes `ahead` of the next one, of the same piece.
+  __device__ Tile tile(const DecodePlan& plan, int32_t ahead) const {
+    const int32_t index = (span_.begin >> plan.tile_keys_log2) + tile_ + ahead;
+    return {span_, index << plan.tile_keys_log2, seq_begin_, unit_,
+            tile_ + ahead + 1 == piece_end_};
   }
 
-  __device__ void advance(const AttentionParams& params, const DecodePlan& plan) {
-    if (++tile_ < piece_end_) return;
+  // By `count` tiles of this piece.
+  __device__ void advance(const AttentionParams& params, const DecodePlan& plan, int32_t count) {
+    tile_ += count;
+    if (tile_ < piece_end_) return;
     unit_ = next_unit_;
     if (done()) return;
     if (tile_ == span_.num_tiles) {
       seq_begin_ = unit_;
+#pragma unroll 1
       do {
         ++seq_;
         enter(params, plan);
@@ -212,16 +237,15 @@ struct Piece {
   int32_t stride;  // from there on
 
   // The piece that `tile` belongs to.
-  __device__ static Piece of(const DecodePlan& plan, const Share& share, const Tile& tile,
-                             const Span& span) {
+  __device__ static Piece of(const DecodePlan& plan, const Share& share, const Tile& tile) {
     const uint32_t begin = tile.seq_begin;
     if (plan.batch_invariant) {
       return {static_cast<int32_t>(tile.piece_begin - begin),
-              static_cast<int32_t>(num_units(plan, span)), static_cast<int32_t>(begin),
+              static_cast<int32_t>(num_units(plan, tile.span)), static_cast<int32_t>(begin),
               static_cast<int32_t>(begin) + 1, 1};
     }
     const int32_t first = share.all.share_of(begin);
-    const int32_t last = share.all.share_of(begin + span.num_tiles - 1);
+    const int32_t last = share.all.share_of(begin + tile.span.num_tiles - 1);
     return {static_cast<int32_t>(share.index) - first, last - first + 1, 2 * first + 1,
             2 * first + 2, 2};
   }

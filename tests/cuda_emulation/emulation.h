@@ -4,6 +4,7 @@
 // found and aborts.
 #pragma once
 
+#include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -94,6 +95,9 @@ inline unsigned atomicAdd(unsigned* address, unsigned x) {
 template <typename Vector>
 Vector __ldcg(const Vector* address) {
   return *address;
+}
+inline uint32_t __umulhi(uint32_t x, uint32_t y) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(x) * y >> 32);
 }
 inline float __fdividef(float x, float y) { return x / y; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
