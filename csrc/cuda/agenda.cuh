@@ -22,7 +22,7 @@ class Agenda {
   };
   struct Memory {
     alignas(16) Place places[kEntries];
-    Tile tiles[32];  // the batches that are fetched and looked up, and some that are computed
+    Tile tiles[64];  // the batches that are fetched and looked up, and some that are computed
   };
 
   __device__ Agenda(const AttentionParams& params, const DecodePlan& plan, const Share& share,
@@ -45,7 +45,7 @@ class Agenda {
   }
 
  private:
-  static constexpr int kRing = 32;
+  static constexpr int kRing = 64;
 
   __device__ bool begins_batch(int index) const { return entry(index) % kThreads == 0; }
 

@@ -29,14 +29,14 @@ struct DeviceLimits {
 // kHeadSize.
 template <int kElementBytes, int kHeadSize>
 struct DecodeShape {
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = kWarps * 32;
   static constexpr int kRowBytes = kHeadSize * kElementBytes;
   static constexpr int kChunks = kRowBytes / 16;
   static constexpr int kKeys = kRowBytes >= 192 && kElementBytes == 2 ? 16 : 32;  // of a warp
-  static constexpr int kStageKeys = kWarps * kKeys;
   static constexpr int kHalfBytes = kKeys * kRowBytes;  // a warp's keys, then its values
   static constexpr int kWarpBytes = 2 * kHalfBytes;
+  static constexpr int kWarps = kWarpBytes <= 8 << 10 ? 8 : 4;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kStageKeys = kWarps * kKeys;
   static constexpr int kMaxStages = 6;
   // Threads that load one row: as many as it has chunks of 16 bytes, or some more.
   static constexpr int kRowThreads = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
@@ -93,12 +93,24 @@ constexpr int log2_of(int power_of_two) {
   return power_of_two == 1 ? 0 : 1 + log2_of(power_of_two / 2);
 }
 
-// KV heads of a CTA. Four of them read the longest runs of memory. But sequences of a small batch
-// are cut into many pieces, and fewer heads make these fewer and smaller.
-inline int heads_log2_for(const AttentionParams& params) {
+// KV heads of a CTA. As many as it has warps read the longest runs of memory. But sequences of a
+// small batch are cut into many pieces, and fewer heads make these fewer and smaller; so few that
+// the columns divide the multiprocessors.
+template <typename Shape>
+int heads_log2_for(const AttentionParams& params, int num_ctas) {
   constexpr int kSmallBatch = 16;
-  if (params.num_seqs < kSmallBatch && !params.batch_invariant) return 0;
-  return params.num_kv_heads % 4 == 0 ? 2 : params.num_kv_heads % 2 == 0 ? 1 : 0;
+  const bool small = params.num_seqs < kSmallBatch && !params.batch_invariant;
+  int best = 0, most_used = 0;
+  for (int log2 = 0; (1 << log2) <= Shape::kWarps; ++log2) {
+    if (params.num_kv_heads % (1 << log2) != 0) break;
+    const int columns = params.num_kv_heads >> log2;
+    const int used = num_ctas / columns * columns;
+    if (used > most_used || !small) {
+      best = log2;
+      most_used = used;
+    }
+  }
+  return best;
 }
 
 // Tiles of 8 query rows. Two where the query heads of one token need them, and where it seems that
@@ -114,7 +126,9 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
                        int static_bytes) {
   DecodePlan plan{};
   const int group_size = params.group_size();
-  plan.heads_log2 = heads_log2_for(params);
+  const Residency resident = residency<Shape>(limits, static_bytes);
+  const int num_ctas = limits.multiprocessors * resident.ctas;
+  plan.heads_log2 = heads_log2_for<Shape>(params, num_ctas);
   plan.heads = 1 << plan.heads_log2;
   plan.tile_keys_log2 = log2_of(Shape::kStageKeys) - plan.heads_log2;
   plan.tile_keys = 1 << plan.tile_keys_log2;
@@ -125,9 +139,8 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
   plan.row_chunks = (group_size + rows - 1) / rows;
   plan.rows_per_cta = std::min(plan.max_query_len * group_size, rows);
   plan.num_columns = params.num_kv_heads / plan.heads * plan.row_chunks;
-  const Residency resident = residency<Shape>(limits, static_bytes);
   plan.stages = resident.stages;
-  plan.num_shares = std::max(limits.multiprocessors * resident.ctas / plan.num_columns, 1);
+  plan.num_shares = std::max(num_ctas / plan.num_columns, 1);
   plan.num_shares_inverse = UINT32_MAX / static_cast<uint32_t>(plan.num_shares);
   const bool power_of_two = (params.block_size & (params.block_size - 1)) == 0;
   plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;
