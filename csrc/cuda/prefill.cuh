@@ -1,0 +1,373 @@
+// Attention of many query rows per sequence at the speed of the matrix units: FlashAttention-2
+// (Dao, 2023) over a paged cache.
+//
+// A CTA of four warps takes a block of the rows of one KV head: all query heads of the group share
+// its keys and values. Each warp owns 32 of the rows, two fragments, so that what it reads from
+// shared memory is used twice: at mma.sync's speed that memory is nearly as busy as the matrix
+// units. Two CTAs share a multiprocessor, and one computes exponentials while the other multiplies.
+//
+// A tile of keys and values is fetched while the one before is computed with, the addresses of its
+// rows are found a tile earlier still, and their blocks are looked up one before that.
+//
+// A block of rows depends on its sequence alone, and all its keys are added up by one CTA in their
+// order: the result depends neither on the rest of the batch nor on timing.
+#pragma once
+
+#include <cstdint>
+
+#include "element.cuh"
+#include "fragments.cuh"
+#include "launch.h"
+#include "prefill.h"
+#include "row_blocks.cuh"
+#include "row_output.cuh"
+#include "row_scores.cuh"
+#include "row_softmax.cuh"
+#include "words.h"
+
+namespace paged_ops::cuda {
+
+// What the prefill kernel is told beside the params.
+struct PrefillPlan {
+  RowBlocks blocks;
+  int32_t block_size_log2;  // -1: not a power of two
+  bool wide_query;          // rows of the query can be loaded 16 bytes at a time
+};
+
+// Sizes of the prefill kernel. A row's pitch is an odd number of 16 bytes: eight rows one below the
+// other then lie in different banks, and all offsets are known when the code is compiled.
+template <typename Cache, int kSize>
+struct PrefillShape {
+  static constexpr int kHeadSize = kSize;
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kCtasPerMultiprocessor = 2;
+  // Of 16 rows that a warp computes: its sums take half a register of a lane per element and row.
+  static constexpr int kTiles = kHeadSize <= 128 ? 2 : 1;
+  static constexpr int kWarpRows = kTiles * kRows;
+  static constexpr int kCtaRows = kWarps * kWarpRows;
+  static constexpr int kKeys = kHeadSize <= 128 ? 64 : 32;                          // of a tile
+  static constexpr int kChunks = kHeadSize * static_cast<int>(sizeof(Cache)) / 16;  // of a row
+  static constexpr int kPitch = (kChunks | 1) * 16;
+  static constexpr int kHalfBytes = kKeys * kPitch;  // a tile's keys, then its values
+  static constexpr int kStageBytes = 2 * kHalfBytes;
+  static constexpr int kQueryPitch = (kHeadSize / 8 | 1) * 16;
+  static constexpr int kQueryBytes = kCtaRows * kQueryPitch;
+  static constexpr int kSharedBytes = kQueryBytes + 2 * kStageBytes;
+  // Threads that load one row: as many as it has chunks of 16 bytes, or some more.
+  static constexpr int kRowThreads = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+};
+
+// Where a token's key and value lie; negative: there is no token.
+struct alignas(16) TokenAddresses {
+  int64_t key;
+  int64_t value;
+};
+
+template <typename Shape>
+struct PrefillMemory {
+  TokenAddresses tokens[2][Shape::kKeys];  // of a tile, in turn
+  TokenAddresses head;                     // of slot 0 of block 0
+  const int32_t* blocks;                   // the sequence's row of the block table
+  KeyRange keys;                           // that some row of the block sees
+  RowBlock block;
+  RowKeys row_keys[Shape::kWarps];
+  float query_scales[Shape::kCtaRows];  // of a query that has been narrowed
+};
+
+// Fetches the keys that a CTA's rows see, and their values, in tiles that begin at multiples of
+// kKeys. To be called by all threads; a barrier has to lie between `place` and `load`.
+//
+// A tile's token is looked up by two threads, one for the key and one for the value.
+template <typename Cache, typename Shape>
+class KeyTiles {
+ public:
+  __device__ KeyTiles(const AttentionParams& params, const PrefillPlan& plan,
+                      PrefillMemory<Shape>& memory)
+      : params_(params), plan_(plan), memory_(memory) {}
+
+  // By one thread, before a barrier and all else.
+  __device__ void begin(int64_t seq, const RowBlock& block) const {
+    const auto address = [&](const CacheHalf<const void*>& half) {
+      return reinterpret_cast<int64_t>(half.data) +
+             block.kv_head * half.stride_head * static_cast<int64_t>(sizeof(Cache));
+    };
+    memory_.head = {address(params_.key_cache), address(params_.value_cache)};
+    memory_.blocks = params_.block_table + seq * params_.block_table_stride;
+    memory_.keys = RowKeys::of(params_, block, 0, block.num_rows).any;
+  }
+
+  __device__ int count() const {
+    const KeyRange& keys = memory_.keys;
+    return keys.begin < keys.end ? (keys.end - 1) / Shape::kKeys - keys.begin / Shape::kKeys + 1
+                                 : 0;
+  }
+
+  __device__ int32_t first_key(int tile) const {
+    return (memory_.keys.begin / Shape::kKeys + tile) * Shape::kKeys;
+  }
+
+  // Asks for the block of the thread's token in a tile.
+  __device__ void look_up(int tile) {
+    block_ = -1;
+    const int32_t key = key_of_thread(tile);
+    const bool present = key >= memory_.keys.begin && key < memory_.keys.end;
+    if (threadIdx.x < 2 * Shape::kKeys && present) block_ = memory_.blocks[block_of(key)];
+  }
+
+  // Puts down where the token that was looked up lies.
+  __device__ void place(int tile) {
+    if (threadIdx.x >= 2 * Shape::kKeys) return;
+    const bool is_key = threadIdx.x < Shape::kKeys;
+    const auto& half = is_key ? params_.key_cache : params_.value_cache;
+    const int32_t key = key_of_thread(tile);
+    const int64_t slot = key - block_of(key) * params_.block_size;
+    const int64_t element = block_ * half.stride_block + slot * half.stride_slot;
+    const int64_t address = (is_key ? memory_.head.key : memory_.head.value) +
+                            element * static_cast<int64_t>(sizeof(Cache));
+    TokenAddresses& token = memory_.tokens[tile & 1][threadIdx.x % Shape::kKeys];
+    (is_key ? token.key : token.value) = block_ < 0 ? -1 : address;
+  }
+
+  // Begins to fetch a tile: 16 bytes by each thread.
+  __device__ void load(int tile, SharedAddress keys) const {
+    if (Shape::kRowThreads > Shape::kChunks && column() >= Shape::kChunks * 16) return;
+    constexpr int kRowsAtOnce = Shape::kThreads / Shape::kRowThreads;
+    const int first = threadIdx.x / Shape::kRowThreads;
+    const bool in_head = column() < params_.head_size * static_cast<int>(sizeof(Cache));
+    const SharedAddress to = keys + first * Shape::kPitch + column();
+#pragma unroll
+    for (int row = 0; row < Shape::kKeys; row += kRowsAtOnce) {
+      const TokenAddresses token = memory_.tokens[tile & 1][first + row];
+      load_row(to + row * Shape::kPitch, token.key, in_head);
+      load_row(to + row * Shape::kPitch + Shape::kHalfBytes, token.value, in_head);
+    }
+  }
+
+ private:
+  __device__ int32_t key_of_thread(int tile) const {
+    return first_key(tile) + static_cast<int32_t>(threadIdx.x % Shape::kKeys);
+  }
+
+  // Divisions are slow, and block sizes mostly powers of two.
+  __device__ int32_t block_of(int32_t key) const {
+    return plan_.block_size_log2 >= 0 ? key >> plan_.block_size_log2 : key / params_.block_size;
+  }
+
+  __device__ static int column() { return threadIdx.x % Shape::kRowThreads * 16; }
+
+  __device__ static void load_row(SharedAddress to, int64_t address, bool in_head) {
+    const bool present = in_head && static_cast<int32_t>(address >> 32) >= 0;  // else zeros
+    copy_async_16(to, reinterpret_cast<const void*>(address + column()), present);
+  }
+
+  const AttentionParams& params_;
+  const PrefillPlan& plan_;
+  PrefillMemory<Shape>& memory_;
+  int32_t block_ = -1;  // of the token that has been looked up; negative: no token
+};
+
+// Puts the query rows of a block into shared memory, zeros where there is none, in pieces of
+// kBytes.
+template <typename Shape, int kBytes>
+__device__ void load_query(const AttentionParams& params, const RowBlock& block,
+                           unsigned char* rows) {
+  constexpr int kPieces = Shape::kHeadSize * 2 / kBytes;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < Shape::kCtaRows * kPieces; i += Shape::kThreads) {
+    const int row = i / kPieces, column = i % kPieces * kBytes;
+    const bool present = row < block.num_rows && column < params.head_size * 2;
+    const RowPlace place = place_of(params, block, present ? row : 0);
+    const int64_t element =
+        place.token * params.query_stride_token + place.head * params.query_stride_head;
+    const char* const from = static_cast<const char*>(params.query) + element * 2 + column;
+    unsigned char* const to = rows + row * Shape::kQueryPitch + column;
+    if constexpr (kBytes == 16) {
+      copy_async_16(shared_address(to), from, present);
+    } else {
+      *reinterpret_cast<uint32_t*>(to) = present ? *reinterpret_cast<const uint32_t*>(from) : 0u;
+    }
+  }
+}
+
+// The power of two that brings `largest` near 2^8; that of 1 for 0 and for what is not a number.
+__device__ inline float scale_to_float16(float largest) {
+  const bool usual = largest >= 0x1p-100f && largest <= 0x1p+127f;
+  return exp2f(static_cast<float>(8 - (usual ? ilogbf(largest) : 0)));
+}
+
+// A warp's query rows as float16, for a float8 cache: each multiplied by a power of two, so that
+// neither large nor small queries leave float16's range, and in the order of Columns.
+template <typename Shape>
+__device__ void narrow_query(DType dtype, unsigned char* rows, float* scales, int lane) {
+  constexpr int kWords = Shape::kHeadSize / 2, kOfLane = (kWords + kWarpSize - 1) / kWarpSize;
+  with_matrix_type(dtype, [&](auto type) {
+#pragma unroll 1
+    for (int row = 0; row < Shape::kWarpRows; ++row) {
+      auto* const words = reinterpret_cast<uint32_t*>(rows + row * Shape::kQueryPitch);
+      float2 pairs[kOfLane];
+      float largest = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kOfLane; ++i) {
+        const int word = lane + i * kWarpSize;
+        pairs[i] = unpack(type, word < kWords ? words[word] : 0u);
+        largest = fmaxf(largest, fmaxf(fabsf(pairs[i].x), fabsf(pairs[i].y)));
+      }
+      const float up = scale_to_float16(warp_max(largest));
+#pragma unroll
+      for (int i = 0; i < kOfLane; ++i) {
+        const int word = lane + i * kWarpSize;
+        const int in_order = (word & ~7) | (word & 1) << 2 | (word >> 1 & 3);
+        if (word < kWords) words[in_order] = pack(__half(), pairs[i].x * up, pairs[i].y * up);
+      }
+      if (lane == 0) scales[row] = 1.0f / up;
+    }
+  });
+  __syncwarp();
+}
+
+// The query rows of one warp, and what they have gathered.
+template <typename Cache, typename Shape>
+struct PrefillRows {
+  static constexpr int kTiles = Shape::kTiles;
+  static constexpr int kKeys = Shape::kKeys;
+
+  RowScores<kTiles> scores;
+  RowSoftmax<kTiles, Shape::kHeadSize> softmax;
+
+  // Takes in a tile of keys and values. The lane's parts of the addresses of fragments are given.
+  __device__ void attend(const AttentionParams& params, const RowBlock& block, int first_row,
+                         const float* query_scales, SharedAddress query_row, SharedAddress key_row,
+                         SharedAddress value_row, int32_t first_key, bool masked, int lane) {
+    float logits[kTiles][kKeys / 8][4];
+    const auto query = [&](int tile, int step, RowFragment& fragment) {
+      load_matrices(query_row + tile * kRows * Shape::kQueryPitch + step * 32, fragment);
+    };
+    multiply_keys<Cache, Shape::kHeadSize, kTiles, kKeys>(query, key_row, Shape::kPitch, logits);
+    scores.template apply<kKeys>(params, block, first_row, query_scales, logits, first_key, masked,
+                                 lane);
+    softmax.template make_room<kKeys>(logits, scores.factor);
+    const auto weight = [&](int tile, int n, RowFragment& fragment) {
+      softmax.template weigh<Operand<Cache>, kKeys>(logits, scores.factor, tile, n, fragment);
+    };
+    multiply_values<Cache, Shape::kHeadSize, kTiles, kKeys>(weight, value_row, Shape::kPitch,
+                                                            softmax.out);
+  }
+
+  __device__ void write(const AttentionParams& params, const RowBlock& block, int first_row,
+                        int lane) {
+    softmax.finish();
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + RowScores<kTiles>::row_of(tile, half, lane);
+        if (row >= block.num_rows) continue;
+        const RowOutput output =
+            RowOutput::of(params, block, row, softmax.base[tile][half], softmax.sum[tile][half]);
+        with_float_type(params.out_dtype, [&](auto type) {
+          auto* const out = static_cast<decltype(type)*>(params.out);
+          for_each_pair<Cache, Shape::kHeadSize>(softmax.out[tile], half, lane,
+                                                 [&](int d, float x, float y) {
+                                                   if (d < params.head_size) {
+                                                     output.store(out, d, x, y);
+                                                   }
+                                                 });
+        });
+        if (params.lse != nullptr && lane % 4 == 0) params.lse[output.lse_index] = output.lse;
+      }
+    }
+  }
+};
+
+template <typename Cache, int kHeadSize>
+__global__ void __launch_bounds__(PrefillShape<Cache, kHeadSize>::kThreads,
+                                  PrefillShape<Cache, kHeadSize>::kCtasPerMultiprocessor)
+    prefill_kernel(const __grid_constant__ AttentionParams params,
+                   const __grid_constant__ PrefillPlan plan) {
+  using Shape = PrefillShape<Cache, kHeadSize>;
+  __shared__ PrefillMemory<Shape> shared;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int first_row = warp * Shape::kWarpRows;
+  const int kv_head = static_cast<int>(blockIdx.x) % params.num_kv_heads;
+  int64_t seq = 0;
+  const RowBlock own = plan.blocks.at(params, blockIdx.x / params.num_kv_heads, kv_head, &seq);
+  if (own.num_rows == 0) return;
+
+  unsigned char* const memory = dynamic_shared_memory();
+  unsigned char* const query = memory + first_row * Shape::kQueryPitch;  // the warp's
+  if (plan.wide_query) {
+    load_query<Shape, 16>(params, own, memory);
+  } else {
+    load_query<Shape, 4>(params, own, memory);
+  }
+  commit_copies();
+  KeyTiles<Cache, Shape> tiles(params, plan, shared);
+  if (threadIdx.x == 0) {
+    shared.block = own;
+    tiles.begin(seq, own);
+  }
+  if (lane == 0) {
+    const int num_rows = min(own.num_rows - first_row, Shape::kWarpRows);
+    shared.row_keys[warp] =
+        num_rows > 0 ? RowKeys::of(params, own, first_row, num_rows) : RowKeys{};
+  }
+  const float* query_scales = nullptr;
+  if constexpr (kIsFloat8<Cache>) {
+    wait_for_copies<0>();
+    __syncthreads();
+    narrow_query<Shape>(params.query_dtype, query, shared.query_scales + first_row, lane);
+    query_scales = shared.query_scales;
+  }
+  __syncthreads();
+
+  const RowBlock& block = shared.block;
+  PrefillRows<Cache, Shape> rows;
+  rows.scores.prepare(params, block, first_row, query_scales, lane);
+  rows.softmax.reset();
+  using Rows = SharedRows<Cache>;
+  const SharedAddress stages = shared_address(memory) + Shape::kQueryBytes;
+  const SharedAddress query_row =
+      SharedRows<__half>::value_row(shared_address(query), Shape::kQueryPitch, lane);
+  const int num_tiles = tiles.count();
+  tiles.look_up(0);
+#pragma unroll 1
+  for (int index = -2; index < num_tiles; ++index) {
+    wait_for_copies<0>();  // of tile `index`
+    __syncthreads();       // all have them, and are done with the tile before
+    const int next = index + 1;
+    if (0 <= next && next < num_tiles) {
+      tiles.load(next, stages + (next & 1) * Shape::kStageBytes);
+    }
+    commit_copies();
+    tiles.place(index + 2);
+    tiles.look_up(index + 3);
+    const RowKeys& keys = shared.row_keys[warp];
+    const int32_t first_key = tiles.first_key(index);
+    const bool sees_some = first_key < keys.any.end && first_key + Shape::kKeys > keys.any.begin;
+    if (index < 0 || !sees_some) continue;
+    const bool masked = first_key < keys.all.begin || first_key + Shape::kKeys > keys.all.end;
+    const SharedAddress stage = stages + (index & 1) * Shape::kStageBytes;
+    rows.attend(params, block, first_row, query_scales, query_row,
+                Rows::key_row(stage, Shape::kPitch, lane),
+                Rows::value_row(stage + Shape::kHalfBytes, Shape::kPitch, lane), first_key, masked,
+                lane);
+  }
+  rows.write(params, block, first_row, lane);
+}
+
+template <typename Cache, int kHeadSize>
+void launch_prefill(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {
+  using Shape = PrefillShape<Cache, kHeadSize>;
+  PrefillPlan plan{};
+  plan.blocks = {Shape::kCtaRows, min_query_len};
+  const bool power_of_two = (params.block_size & (params.block_size - 1)) == 0;
+  plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;
+  plan.wide_query =
+      widest_word(2, {params.query}, {params.query_stride_token, params.query_stride_head}) == 16;
+  launch(params.op, prefill_kernel<Cache, kHeadSize>,
+         {plan.blocks.num_places(params) * params.num_kv_heads}, Shape::kThreads,
+         Shape::kSharedBytes, stream, params, plan);
+}
+
+}  // namespace paged_ops::cuda
