@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(PrefillShape<Cache, kHeadSize>::kThreads,
 
   const RowBlock& block = shared.block;
   PrefillRows<Cache, Shape> rows;
-  rows.scores.prepare(params, block, first_row, query_scales, lane);
+  rows.scores = RowScores<Shape::kTiles>::of(params, kv_head);
   rows.softmax.reset();
   using Rows = SharedRows<Cache>;
   const SharedAddress stages = shared_address(memory) + Shape::kQueryBytes;

@@ -53,31 +53,23 @@ struct RowKeys {
 // registers are what the kernel that uses this is short of.
 template <int kTiles>
 struct RowScores {
-  float factor[kTiles][2];
-  bool plain;  // a dot product is a score; the factor then is positive
+  float factor;  // positive
+  bool plain;    // a dot product is a score
 
-  // `query_scales`: what the rows of the block's query have been divided by; nullptr: 1.
-  __device__ void prepare(const AttentionParams& params, const RowBlock& block, int first_row,
-                          const float* query_scales, int lane) {
-    const float scale = params.scale * scale_of(params.k_scale, block.kv_head);
-    plain = params.softcap == 0.0f && params.alibi_slopes == nullptr && scale > 0.0f;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row + row_of(tile, half, lane);
-        const float of_query = query_scales == nullptr ? 1.0f : query_scales[row];
-        factor[tile][half] = plain ? scale * kLog2E * of_query : 1.0f;
-      }
-    }
+  __device__ static RowScores of(const AttentionParams& params, int kv_head) {
+    const float scale = params.scale * scale_of(params.k_scale, kv_head);
+    const bool plain = params.softcap == 0.0f && params.alibi_slopes == nullptr && scale > 0.0f;
+    return {plain ? scale * kLog2E : 1.0f, plain};
   }
 
+  // `query_scales`: what the dot products of the block's rows are to be multiplied by; nullptr: 1.
   // `masked`: some row does not see some of the keys from `first_key` on.
   template <int kKeys>
   __device__ void apply(const AttentionParams& params, const RowBlock& block, int first_row,
                         const float* query_scales, float (&scores)[kTiles][kKeys / 8][4],
                         int32_t first_key, bool masked, int lane) const {
-    if (!plain) bend<kKeys>(params, block, first_row, query_scales, scores, first_key, lane);
+    if (query_scales != nullptr) multiply<kKeys>(query_scales + first_row, scores, lane);
+    if (!plain) bend<kKeys>(params, block, first_row, scores, first_key, lane);
     if (masked) mask<kKeys>(params, block, first_row, scores, first_key, lane);
   }
 
@@ -104,6 +96,20 @@ struct RowScores {
     }
   }
 
+  template <int kKeys>
+  __device__ static void multiply(const float* row_scales, float (&scores)[kTiles][kKeys / 8][4],
+                                  int lane) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float scale = row_scales[row_of(tile, half, lane)];
+        for_each_key<kKeys>(scores[tile], half, 0, lane,
+                            [&](float& score, int32_t) { score *= scale; });
+      }
+    }
+  }
+
   // softcap * tanh(score / softcap) by an exponential: the error, absolute, is that of 1.
   __device__ static float cap(float score, float softcap) {
     const float power = exp2_approx(score * (2.0f * kLog2E / softcap));
@@ -112,16 +118,13 @@ struct RowScores {
 
   template <int kKeys>
   __device__ void bend(const AttentionParams& params, const RowBlock& block, int first_row,
-                       const float* query_scales, float (&scores)[kTiles][kKeys / 8][4],
-                       int32_t first_key, int lane) const {
+                       float (&scores)[kTiles][kKeys / 8][4], int32_t first_key, int lane) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row + row_of(tile, half, lane);
-        const RowPlace at = place(params, block, row);
-        Scores of_row = Scores::of_head(params, at.head, block.kv_head);
-        if (query_scales != nullptr) of_row.scale *= query_scales[row];
+        const RowPlace at = place(params, block, first_row + row_of(tile, half, lane));
+        const Scores of_row = Scores::of_head(params, at.head, block.kv_head);
         for_each_key<kKeys>(scores[tile], half, first_key, lane, [&](float& score, int32_t key) {
           float logit = of_row.scale * score;
           if (params.softcap > 0.0f) logit = cap(logit, params.softcap);

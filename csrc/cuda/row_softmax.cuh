@@ -37,8 +37,7 @@ struct RowSoftmax {
   // after the first tiles that is rare (as in FlashAttention-4), and else nothing is rescaled and
   // the lanes need not agree on a maximum.
   template <int kKeys>
-  __device__ void make_room(const float (&scores)[kTiles][kKeys / 8][4],
-                            const float (&factor)[kTiles][2]) {
+  __device__ void make_room(const float (&scores)[kTiles][kKeys / 8][4], float factor) {
     float largest[kTiles][2];
     bool far = false;
 #pragma unroll
@@ -50,7 +49,7 @@ struct RowSoftmax {
         for (int n = 0; n < kKeys / 8; ++n) {
           score = fmaxf(score, fmaxf(scores[tile][n][2 * half], scores[tile][n][2 * half + 1]));
         }
-        largest[tile][half] = score * factor[tile][half];
+        largest[tile][half] = score * factor;
         far = far || largest[tile][half] > base[tile][half] + kSlack;
       }
     }
@@ -59,16 +58,16 @@ struct RowSoftmax {
 
   // The weights of 16 keys, which begin at key 16 n: as what multiplies the values.
   template <typename Number, int kKeys>
-  __device__ void weigh(const float (&scores)[kTiles][kKeys / 8][4],
-                        const float (&factor)[kTiles][2], int tile, int n, RowFragment& fragment) {
+  __device__ void weigh(const float (&scores)[kTiles][kKeys / 8][4], float factor, int tile, int n,
+                        RowFragment& fragment) {
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* const pair = &scores[tile][2 * n + part][2 * half];
         const float from = base_of(base[tile][half]);
-        const float first = exp2_approx(fmaf(pair[0], factor[tile][half], -from));
-        const float second = exp2_approx(fmaf(pair[1], factor[tile][half], -from));
+        const float first = exp2_approx(fmaf(pair[0], factor, -from));
+        const float second = exp2_approx(fmaf(pair[1], factor, -from));
         sum[tile][half] += first + second;
         fragment[2 * part + half] = pack(Number(), first, second);
       }
