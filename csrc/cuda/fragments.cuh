@@ -126,38 +126,42 @@ __device__ void multiply_keys(Query&& query, SharedAddress key_row, int pitch,
       for (int i = 0; i < 4; ++i) scores[tile][n][i] = 0.0f;
     }
   }
-  constexpr int kBuffers = kIsFloat8<Cache> ? 1 : 2;  // of two parts there is no room for two
-  RowFragment rows[kBuffers][kTiles][kParts];         // of this step and the next
-  uint32_t key[2][4];                                 // of these 16 keys and the next
+  // Fragments are loaded one ahead; those of float8 are as large as two, there is no room for more.
+  constexpr int kAhead = kIsFloat8<Cache> ? 0 : 1;
+  RowFragment rows[1 + kAhead][kTiles][kParts];
+  uint32_t key[1 + kAhead][4];
   const auto load_rows = [&](int step) {
+    if (step >= kSteps) return;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        query(tile, kParts * step + part, rows[step % kBuffers][tile][part]);
+        query(tile, kParts * step + part, rows[step % (1 + kAhead)][tile][part]);
       }
     }
   };
   const auto load_key = [&](int load) {
-    const int step = load / kLoads, n = load % kLoads;
-    load_matrices(key_row + n * 16 * pitch + step * 32, key[load % 2]);
+    if (load >= kSteps * kLoads) return;
+    load_matrices(key_row + load % kLoads * 16 * pitch + load / kLoads * 32,
+                  key[load % (1 + kAhead)]);
   };
-  if (kBuffers == 2) load_rows(0);
-  load_key(0);
+  if (kAhead > 0) {
+    load_rows(0);
+    load_key(0);
+  }
 #pragma unroll
   for (int load = 0; load < kSteps * kLoads; ++load) {
     const int step = load / kLoads, n = load % kLoads;
-    if (load + 1 < kSteps * kLoads) load_key(load + 1);
-    const int rows_step = step + kBuffers - 1;
-    if (n == 0 && rows_step < kSteps) load_rows(rows_step);
+    load_key(load + kAhead);
+    if (n == 0) load_rows(step + kAhead);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const KeyFragment keys = key_fragment<Cache>(key[load % 2], part, half);
+        const KeyFragment keys = key_fragment<Cache>(key[load % (1 + kAhead)], part, half);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          multiply_add(Number(), scores[tile][2 * n + half], rows[step % kBuffers][tile][part],
+          multiply_add(Number(), scores[tile][2 * n + half], rows[step % (1 + kAhead)][tile][part],
                        keys.low, keys.high);
         }
       }

@@ -15,8 +15,10 @@
 
 #include <cstdint>
 
+#include "division.h"
 #include "element.cuh"
 #include "fragments.cuh"
+#include "heuristics.h"
 #include "launch.h"
 #include "prefill.h"
 #include "row_blocks.cuh"
@@ -30,8 +32,9 @@ namespace paged_ops::cuda {
 // What the prefill kernel is told beside the params.
 struct PrefillPlan {
   RowBlocks blocks;
-  int32_t block_size_log2;  // -1: not a power of two
-  bool wide_query;          // rows of the query can be loaded 16 bytes at a time
+  Divisor block_size;
+  Divisor group_size;
+  bool wide_query;  // rows of the query can be loaded 16 bytes at a time
 };
 
 // Sizes of the prefill kernel. A row's pitch is an odd number of 16 bytes: eight rows one below the
@@ -70,6 +73,8 @@ struct PrefillMemory {
   TokenAddresses head;                     // of slot 0 of block 0
   const int32_t* blocks;                   // the sequence's row of the block table
   KeyRange keys;                           // that some row of the block sees
+  int32_t first_tile;
+  int32_t num_tiles;
   RowBlock block;
   RowKeys row_keys[Shape::kWarps];
   float query_scales[Shape::kCtaRows];  // of a query that has been narrowed
@@ -94,34 +99,35 @@ class KeyTiles {
     };
     memory_.head = {address(params_.key_cache), address(params_.value_cache)};
     memory_.blocks = params_.block_table + seq * params_.block_table_stride;
-    memory_.keys = RowKeys::of(params_, block, 0, block.num_rows).any;
+    const KeyRange keys = RowKeys::of(params_, block, 0, block.num_rows).any;
+    const int32_t first_tile = keys.begin / Shape::kKeys;
+    memory_.keys = keys;
+    memory_.first_tile = first_tile;
+    memory_.num_tiles = keys.begin < keys.end ? (keys.end - 1) / Shape::kKeys - first_tile + 1 : 0;
   }
 
-  __device__ int count() const {
-    const KeyRange& keys = memory_.keys;
-    return keys.begin < keys.end ? (keys.end - 1) / Shape::kKeys - keys.begin / Shape::kKeys + 1
-                                 : 0;
-  }
+  __device__ int count() const { return memory_.num_tiles; }
 
   __device__ int32_t first_key(int tile) const {
-    return (memory_.keys.begin / Shape::kKeys + tile) * Shape::kKeys;
+    return (memory_.first_tile + tile) * Shape::kKeys;
   }
 
   // Asks for the block of the thread's token in a tile.
   __device__ void look_up(int tile) {
     block_ = -1;
+    if (!is_needed()) return;
     const int32_t key = key_of_thread(tile);
     const bool present = key >= memory_.keys.begin && key < memory_.keys.end;
-    if (threadIdx.x < 2 * Shape::kKeys && present) block_ = memory_.blocks[block_of(key)];
+    if (present) block_ = memory_.blocks[plan_.block_size.quotient(key)];
   }
 
   // Puts down where the token that was looked up lies.
   __device__ void place(int tile) {
-    if (threadIdx.x >= 2 * Shape::kKeys) return;
+    if (!is_needed()) return;
     const bool is_key = threadIdx.x < Shape::kKeys;
     const auto& half = is_key ? params_.key_cache : params_.value_cache;
     const int32_t key = key_of_thread(tile);
-    const int64_t slot = key - block_of(key) * params_.block_size;
+    const int64_t slot = plan_.block_size.remainder(key);
     const int64_t element = block_ * half.stride_block + slot * half.stride_slot;
     const int64_t address = (is_key ? memory_.head.key : memory_.head.value) +
                             element * static_cast<int64_t>(sizeof(Cache));
@@ -129,18 +135,23 @@ class KeyTiles {
     (is_key ? token.key : token.value) = block_ < 0 ? -1 : address;
   }
 
-  // Begins to fetch a tile: 16 bytes by each thread.
+  // Begins to fetch a tile: 16 bytes by each thread. Zeros where there is no token.
   __device__ void load(int tile, SharedAddress keys) const {
     if (Shape::kRowThreads > Shape::kChunks && column() >= Shape::kChunks * 16) return;
     constexpr int kRowsAtOnce = Shape::kThreads / Shape::kRowThreads;
     const int first = threadIdx.x / Shape::kRowThreads;
     const bool in_head = column() < params_.head_size * static_cast<int>(sizeof(Cache));
     const SharedAddress to = keys + first * Shape::kPitch + column();
+    TokenAddresses tokens[Shape::kKeys / kRowsAtOnce];  // all read before the first is used
 #pragma unroll
-    for (int row = 0; row < Shape::kKeys; row += kRowsAtOnce) {
-      const TokenAddresses token = memory_.tokens[tile & 1][first + row];
-      load_row(to + row * Shape::kPitch, token.key, in_head);
-      load_row(to + row * Shape::kPitch + Shape::kHalfBytes, token.value, in_head);
+    for (int i = 0; i < Shape::kKeys / kRowsAtOnce; ++i) {
+      tokens[i] = memory_.tokens[tile & 1][first + i * kRowsAtOnce];
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::kKeys / kRowsAtOnce; ++i) {
+      const SharedAddress row = to + i * kRowsAtOnce * Shape::kPitch;
+      load_row(row, tokens[i].key, in_head);
+      load_row(row + Shape::kHalfBytes, tokens[i].value, in_head);
     }
   }
 
@@ -149,15 +160,15 @@ class KeyTiles {
     return first_key(tile) + static_cast<int32_t>(threadIdx.x % Shape::kKeys);
   }
 
-  // Divisions are slow, and block sizes mostly powers of two.
-  __device__ int32_t block_of(int32_t key) const {
-    return plan_.block_size_log2 >= 0 ? key >> plan_.block_size_log2 : key / params_.block_size;
+  // Two threads for a token, where there are that few tokens not all threads.
+  __device__ static bool is_needed() {
+    return 2 * Shape::kKeys >= Shape::kThreads || threadIdx.x < 2 * Shape::kKeys;
   }
 
   __device__ static int column() { return threadIdx.x % Shape::kRowThreads * 16; }
 
   __device__ static void load_row(SharedAddress to, int64_t address, bool in_head) {
-    const bool present = in_head && static_cast<int32_t>(address >> 32) >= 0;  // else zeros
+    const bool present = in_head && static_cast<int32_t>(address >> 32) >= 0;
     copy_async_16(to, reinterpret_cast<const void*>(address + column()), present);
   }
 
@@ -170,16 +181,17 @@ class KeyTiles {
 // Puts the query rows of a block into shared memory, zeros where there is none, in pieces of
 // kBytes.
 template <typename Shape, int kBytes>
-__device__ void load_query(const AttentionParams& params, const RowBlock& block,
-                           unsigned char* rows) {
+__device__ void load_query(const AttentionParams& params, const Divisor& group_size,
+                           const RowBlock& block, unsigned char* rows) {
   constexpr int kPieces = Shape::kHeadSize * 2 / kBytes;
 #pragma unroll 4
   for (int i = threadIdx.x; i < Shape::kCtaRows * kPieces; i += Shape::kThreads) {
     const int row = i / kPieces, column = i % kPieces * kBytes;
     const bool present = row < block.num_rows && column < params.head_size * 2;
-    const RowPlace place = place_of(params, block, present ? row : 0);
-    const int64_t element =
-        place.token * params.query_stride_token + place.head * params.query_stride_head;
+    const int in_sequence = block.first_row + row;
+    const int64_t token = block.first_token + group_size.quotient(in_sequence);
+    const int64_t head = block.kv_head * group_size.value + group_size.remainder(in_sequence);
+    const int64_t element = token * params.query_stride_token + head * params.query_stride_head;
     const char* const from = static_cast<const char*>(params.query) + element * 2 + column;
     unsigned char* const to = rows + row * Shape::kQueryPitch + column;
     if constexpr (kBytes == 16) {
@@ -297,9 +309,9 @@ __global__ void __launch_bounds__(PrefillShape<Cache, kHeadSize>::kThreads,
   unsigned char* const memory = dynamic_shared_memory();
   unsigned char* const query = memory + first_row * Shape::kQueryPitch;  // the warp's
   if (plan.wide_query) {
-    load_query<Shape, 16>(params, own, memory);
+    load_query<Shape, 16>(params, plan.group_size, own, memory);
   } else {
-    load_query<Shape, 4>(params, own, memory);
+    load_query<Shape, 4>(params, plan.group_size, own, memory);
   }
   commit_copies();
   KeyTiles<Cache, Shape> tiles(params, plan, shared);
@@ -329,24 +341,26 @@ __global__ void __launch_bounds__(PrefillShape<Cache, kHeadSize>::kThreads,
   const SharedAddress stages = shared_address(memory) + Shape::kQueryBytes;
   const SharedAddress query_row =
       SharedRows<__half>::value_row(shared_address(query), Shape::kQueryPitch, lane);
-  const int num_tiles = tiles.count();
   tiles.look_up(0);
+  tiles.place(0);
+  tiles.look_up(1);
+  __syncthreads();
+  tiles.load(0, stages);
+  commit_copies();
+  tiles.place(1);
+  tiles.look_up(2);
 #pragma unroll 1
-  for (int index = -2; index < num_tiles; ++index) {
-    wait_for_copies<0>();  // of tile `index`
-    __syncthreads();       // all have them, and are done with the tile before
-    const int next = index + 1;
-    if (0 <= next && next < num_tiles) {
-      tiles.load(next, stages + (next & 1) * Shape::kStageBytes);
-    }
+  for (int index = 0; index < tiles.count(); ++index) {
+    wait_for_copies<0>();  // of this tile
+    __syncthreads();       // all have it, and are done with the one before
+    tiles.load(index + 1, stages + ((index + 1) & 1) * Shape::kStageBytes);
     commit_copies();
     tiles.place(index + 2);
     tiles.look_up(index + 3);
     const RowKeys& keys = shared.row_keys[warp];
-    const int32_t first_key = tiles.first_key(index);
-    const bool sees_some = first_key < keys.any.end && first_key + Shape::kKeys > keys.any.begin;
-    if (index < 0 || !sees_some) continue;
-    const bool masked = first_key < keys.all.begin || first_key + Shape::kKeys > keys.all.end;
+    const int32_t first_key = tiles.first_key(index), last_key = first_key + Shape::kKeys - 1;
+    if (first_key >= keys.any.end || last_key < keys.any.begin) continue;
+    const bool masked = first_key < keys.all.begin || last_key >= keys.all.end;
     const SharedAddress stage = stages + (index & 1) * Shape::kStageBytes;
     rows.attend(params, block, first_row, query_scales, query_row,
                 Rows::key_row(stage, Shape::kPitch, lane),
@@ -360,9 +374,9 @@ template <typename Cache, int kHeadSize>
 void launch_prefill(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {
   using Shape = PrefillShape<Cache, kHeadSize>;
   PrefillPlan plan{};
-  plan.blocks = {Shape::kCtaRows, min_query_len};
-  const bool power_of_two = (params.block_size & (params.block_size - 1)) == 0;
-  plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;
+  plan.blocks = {log2_of(Shape::kCtaRows), Divisor::of(min_query_len)};
+  plan.block_size = Divisor::of(params.block_size);
+  plan.group_size = Divisor::of(params.group_size());
   plan.wide_query =
       widest_word(2, {params.query}, {params.query_stride_token, params.query_stride_head}) == 16;
   launch(params.op, prefill_kernel<Cache, kHeadSize>,

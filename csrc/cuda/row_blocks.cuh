@@ -6,30 +6,30 @@
 // over have no block.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "../params.h"
+#include "division.h"
 #include "row_scores.cuh"
 
 namespace paged_ops::cuda {
 
-// Blocks of `rows` rows, of the sequences with at least `min_query_len` query tokens.
+// Blocks of 2^rows_log2 rows, of the sequences with at least `min_query_len` query tokens.
 struct RowBlocks {
-  int32_t rows;
-  int32_t min_query_len;
+  int32_t rows_log2;
+  Divisor min_query_len;
 
   // Each of these sequences moves both summands on, by its rows and by one at least: that is room
   // for one block that is not full.
   __host__ __device__ int64_t first_place(const AttentionParams& params, int64_t seq,
-                                          int64_t start) const {
+                                          int32_t start) const {
     const int64_t group_size = params.num_heads / params.num_kv_heads;
-    const int64_t sequences = start / min_query_len;
-    return start * group_size / rows + (seq < sequences ? seq : sequences);
+    const int64_t sequences = min_query_len.quotient(start);
+    return (start * group_size >> rows_log2) + (seq < sequences ? seq : sequences);
   }
 
   int64_t num_places(const AttentionParams& params) const {
-    return first_place(params, params.num_seqs, params.num_tokens);
+    return first_place(params, params.num_seqs, static_cast<int32_t>(params.num_tokens));
   }
 
   // The block at a place, for one KV head, and its sequence; no rows if there is none. The later
@@ -41,15 +41,15 @@ struct RowBlocks {
     if (seq < 0) return RowBlock{};
     const int32_t start = params.query_start_loc[seq];
     const int32_t query_len = params.query_start_loc[seq + 1] - start;
-    if (query_len < min_query_len) return RowBlock{};
+    if (query_len < min_query_len.value) return RowBlock{};
     const int32_t num_rows = query_len * (params.num_heads / params.num_kv_heads);
-    const int32_t num_blocks = (num_rows - 1) / rows + 1;
+    const int32_t num_blocks = ((num_rows - 1) >> rows_log2) + 1;
     const int64_t from_last = place - first_place(params, seq, start);
     if (from_last >= num_blocks) return RowBlock{};
     *sequence = seq;
-    const int32_t first_row = (num_blocks - 1 - static_cast<int32_t>(from_last)) * rows;
+    const int32_t first_row = (num_blocks - 1 - static_cast<int32_t>(from_last)) << rows_log2;
     return {start,   query_len, params.seq_lens[seq],
-            kv_head, first_row, min(rows, num_rows - first_row)};
+            kv_head, first_row, min(1 << rows_log2, num_rows - first_row)};
   }
 
  private:
