@@ -39,9 +39,10 @@ struct PrefillPlan {
 
 // Sizes of the prefill kernel. A row's pitch is an odd number of 16 bytes: eight rows one below the
 // other then lie in different banks, and all offsets are known when the code is compiled.
-template <typename Cache, int kSize>
+template <typename Cache_, int kHeadSize_, int kKeys_>
 struct PrefillShape {
-  static constexpr int kHeadSize = kSize;
+  using Cache = Cache_;
+  static constexpr int kHeadSize = kHeadSize_;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kCtasPerMultiprocessor = 2;
@@ -49,7 +50,7 @@ struct PrefillShape {
   static constexpr int kTiles = kHeadSize <= 128 ? 2 : 1;
   static constexpr int kWarpRows = kTiles * kRows;
   static constexpr int kCtaRows = kWarps * kWarpRows;
-  static constexpr int kKeys = kHeadSize <= 128 ? 64 : 32;                          // of a tile
+  static constexpr int kKeys = kKeys_;                                              // of a tile
   static constexpr int kChunks = kHeadSize * static_cast<int>(sizeof(Cache)) / 16;  // of a row
   static constexpr int kPitch = (kChunks | 1) * 16;
   static constexpr int kHalfBytes = kKeys * kPitch;  // a tile's keys, then its values
@@ -84,8 +85,10 @@ struct PrefillMemory {
 // kKeys. To be called by all threads; a barrier has to lie between `place` and `load`.
 //
 // A tile's token is looked up by two threads, one for the key and one for the value.
-template <typename Cache, typename Shape>
+template <typename Shape>
 class KeyTiles {
+  using Cache = typename Shape::Cache;
+
  public:
   __device__ KeyTiles(const AttentionParams& params, const PrefillPlan& plan,
                       PrefillMemory<Shape>& memory)
@@ -239,13 +242,19 @@ __device__ void narrow_query(DType dtype, unsigned char* rows, float* scales, in
 }
 
 // The query rows of one warp, and what they have gathered.
-template <typename Cache, typename Shape>
+template <typename Shape>
 struct PrefillRows {
+  using Cache = typename Shape::Cache;
   static constexpr int kTiles = Shape::kTiles;
   static constexpr int kKeys = Shape::kKeys;
 
   RowScores<kTiles> scores;
   RowSoftmax<kTiles, Shape::kHeadSize> softmax;
+
+  __device__ void begin(const AttentionParams& params, int kv_head) {
+    scores = RowScores<kTiles>::of(params, kv_head);
+    softmax.reset();
+  }
 
   // Takes in a tile of keys and values. The lane's parts of the addresses of fragments are given.
   __device__ void attend(const AttentionParams& params, const RowBlock& block, int first_row,
@@ -292,12 +301,42 @@ struct PrefillRows {
   }
 };
 
-template <typename Cache, int kHeadSize>
-__global__ void __launch_bounds__(PrefillShape<Cache, kHeadSize>::kThreads,
-                                  PrefillShape<Cache, kHeadSize>::kCtasPerMultiprocessor)
+// Puts the query of a block into shared memory, and what the CTA's threads have to know of it.
+template <typename Shape>
+__device__ void begin_block(const AttentionParams& params, const PrefillPlan& plan,
+                            const KeyTiles<Shape>& tiles, int64_t seq, const RowBlock& block,
+                            unsigned char* query, PrefillMemory<Shape>& memory) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int first_row = warp * Shape::kWarpRows;
+  if (plan.wide_query) {
+    load_query<Shape, 16>(params, plan.group_size, block, query);
+  } else {
+    load_query<Shape, 4>(params, plan.group_size, block, query);
+  }
+  commit_copies();
+  if (threadIdx.x == 0) {
+    memory.block = block;
+    tiles.begin(seq, block);
+  }
+  if (lane == 0) {
+    const int num_rows = min(block.num_rows - first_row, Shape::kWarpRows);
+    memory.row_keys[warp] =
+        num_rows > 0 ? RowKeys::of(params, block, first_row, num_rows) : RowKeys{};
+  }
+  if constexpr (kIsFloat8<typename Shape::Cache>) {
+    wait_for_copies<0>();
+    __syncthreads();
+    narrow_query<Shape>(params.query_dtype, query + first_row * Shape::kQueryPitch,
+                        memory.query_scales + first_row, lane);
+  }
+  __syncthreads();
+}
+
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerMultiprocessor)
     prefill_kernel(const __grid_constant__ AttentionParams params,
                    const __grid_constant__ PrefillPlan plan) {
-  using Shape = PrefillShape<Cache, kHeadSize>;
+  using Fragments = SharedRows<typename Shape::Cache>;
   __shared__ PrefillMemory<Shape> shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int first_row = warp * Shape::kWarpRows;
@@ -306,41 +345,17 @@ __global__ void __launch_bounds__(PrefillShape<Cache, kHeadSize>::kThreads,
   const RowBlock own = plan.blocks.at(params, blockIdx.x / params.num_kv_heads, kv_head, &seq);
   if (own.num_rows == 0) return;
 
-  unsigned char* const memory = dynamic_shared_memory();
-  unsigned char* const query = memory + first_row * Shape::kQueryPitch;  // the warp's
-  if (plan.wide_query) {
-    load_query<Shape, 16>(params, plan.group_size, own, memory);
-  } else {
-    load_query<Shape, 4>(params, plan.group_size, own, memory);
-  }
-  commit_copies();
-  KeyTiles<Cache, Shape> tiles(params, plan, shared);
-  if (threadIdx.x == 0) {
-    shared.block = own;
-    tiles.begin(seq, own);
-  }
-  if (lane == 0) {
-    const int num_rows = min(own.num_rows - first_row, Shape::kWarpRows);
-    shared.row_keys[warp] =
-        num_rows > 0 ? RowKeys::of(params, own, first_row, num_rows) : RowKeys{};
-  }
-  const float* query_scales = nullptr;
-  if constexpr (kIsFloat8<Cache>) {
-    wait_for_copies<0>();
-    __syncthreads();
-    narrow_query<Shape>(params.query_dtype, query, shared.query_scales + first_row, lane);
-    query_scales = shared.query_scales;
-  }
-  __syncthreads();
-
+  unsigned char* const query = dynamic_shared_memory();
+  const SharedAddress stages = shared_address(query) + Shape::kQueryBytes;
+  const SharedAddress query_row = SharedRows<__half>::value_row(
+      shared_address(query + first_row * Shape::kQueryPitch), Shape::kQueryPitch, lane);
+  KeyTiles<Shape> tiles(params, plan, shared);
+  begin_block(params, plan, tiles, seq, own, query, shared);
   const RowBlock& block = shared.block;
-  PrefillRows<Cache, Shape> rows;
-  rows.scores = RowScores<Shape::kTiles>::of(params, kv_head);
-  rows.softmax.reset();
-  using Rows = SharedRows<Cache>;
-  const SharedAddress stages = shared_address(memory) + Shape::kQueryBytes;
-  const SharedAddress query_row =
-      SharedRows<__half>::value_row(shared_address(query), Shape::kQueryPitch, lane);
+  const float* const query_scales =
+      kIsFloat8<typename Shape::Cache> ? shared.query_scales : nullptr;
+  PrefillRows<Shape> rows;
+  rows.begin(params, kv_head);
   tiles.look_up(0);
   tiles.place(0);
   tiles.look_up(1);
@@ -363,25 +378,40 @@ __global__ void __launch_bounds__(PrefillShape<Cache, kHeadSize>::kThreads,
     const bool masked = first_key < keys.all.begin || last_key >= keys.all.end;
     const SharedAddress stage = stages + (index & 1) * Shape::kStageBytes;
     rows.attend(params, block, first_row, query_scales, query_row,
-                Rows::key_row(stage, Shape::kPitch, lane),
-                Rows::value_row(stage + Shape::kHalfBytes, Shape::kPitch, lane), first_key, masked,
-                lane);
+                Fragments::key_row(stage, Shape::kPitch, lane),
+                Fragments::value_row(stage + Shape::kHalfBytes, Shape::kPitch, lane), first_key,
+                masked, lane);
   }
   rows.write(params, block, first_row, lane);
 }
 
-template <typename Cache, int kHeadSize>
-void launch_prefill(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {
-  using Shape = PrefillShape<Cache, kHeadSize>;
+template <typename Shape>
+void launch_shape(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {
   PrefillPlan plan{};
   plan.blocks = {log2_of(Shape::kCtaRows), Divisor::of(min_query_len)};
   plan.block_size = Divisor::of(params.block_size);
   plan.group_size = Divisor::of(params.group_size());
   plan.wide_query =
       widest_word(2, {params.query}, {params.query_stride_token, params.query_stride_head}) == 16;
-  launch(params.op, prefill_kernel<Cache, kHeadSize>,
-         {plan.blocks.num_places(params) * params.num_kv_heads}, Shape::kThreads,
-         Shape::kSharedBytes, stream, params, plan);
+  launch(params.op, prefill_kernel<Shape>, {plan.blocks.num_places(params) * params.num_kv_heads},
+         Shape::kThreads, Shape::kSharedBytes, stream, params, plan);
+}
+
+template <typename Cache, int kHeadSize>
+void launch_prefill(const AttentionParams& params, int32_t min_query_len,
+                    const DeviceLimits& limits, cudaStream_t stream) {
+  constexpr int kKeys = kHeadSize <= 128 ? 64 : 32;
+  constexpr int kLeast = 99 << 10;  // bytes of shared memory: compute capability 8.6, 8.9, 12.0
+  using Shape = PrefillShape<Cache, kHeadSize, kKeys>;
+  constexpr int kNeeded = Shape::kSharedBytes + sizeof(PrefillMemory<Shape>);
+  if constexpr (kNeeded > kLeast) {
+    using Smaller = PrefillShape<Cache, kHeadSize, kKeys / 2>;
+    static_assert(Smaller::kSharedBytes + sizeof(PrefillMemory<Smaller>) <= kLeast);
+    if (kNeeded > limits.shared_per_cta) {
+      return launch_shape<Smaller>(params, min_query_len, stream);
+    }
+  }
+  launch_shape<Shape>(params, min_query_len, stream);
 }
 
 }  // namespace paged_ops::cuda

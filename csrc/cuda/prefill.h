@@ -6,11 +6,13 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "heuristics.h"
 
 namespace paged_ops::cuda {
 
 // Computes the sequences with at least `min_query_len` > 0 query tokens; leaves the others alone.
 template <typename Cache>
-void run_prefill(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream);
+void run_prefill(const AttentionParams& params, int32_t min_query_len, const DeviceLimits& limits,
+                 cudaStream_t stream);
 
 }  // namespace paged_ops::cuda

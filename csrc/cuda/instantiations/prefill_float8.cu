@@ -2,6 +2,7 @@
 
 namespace paged_ops::cuda {
 
-template void run_prefill<__nv_fp8_e4m3>(const AttentionParams&, int32_t, cudaStream_t);
+template void run_prefill<__nv_fp8_e4m3>(const AttentionParams&, int32_t, const DeviceLimits&,
+                                         cudaStream_t);
 
 }  // namespace paged_ops::cuda
