@@ -64,7 +64,8 @@ def build(folder: Path, cuda_root: str) -> None:
 def test_operators_on_emulated_kernels(tmp_path):
     build(tmp_path, find_cuda_root())
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
-    files = [f"tests/test_{name}.py" for name in ("attention", "matrix_units", "prefill", "cache_ops")]
+    names = ("attention", "matrix_units", "prefill", "cache_ops")
+    files = [f"tests/test_{name}.py" for name in names]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", SELECTION],
         cwd=tmp_path,
