@@ -21,7 +21,7 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a00000
 HOST_ONLY = {"register", "device"}  # take a stream or a device
 SELECTION = (
     "cpu and (masks or dtypes or block_sizes or empty_rows or nan or random or cache_ops"
-    " or query_lens or options_of_cut)"
+    " or query_lens or options_of_cut or prefill)"
 )
 
 
@@ -64,7 +64,8 @@ def build(folder: Path, cuda_root: str) -> None:
 def test_operators_on_emulated_kernels(tmp_path):
     build(tmp_path, find_cuda_root())
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
-    files = [f"tests/test_{name}.py" for name in ("attention", "matrix_units", "cache_ops")]
+    names = ("attention", "matrix_units", "prefill", "cache_ops")
+    files = [f"tests/test_{name}.py" for name in names]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", SELECTION],
         cwd=tmp_path,

@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "pieces.cuh"
 #include "portable.cuh"
+#include "prefill.h"
 #include "words.h"
 
 namespace paged_ops::cuda {
@@ -51,6 +52,7 @@ AttentionPlan plan_attention(const AttentionParams& params, const DeviceLimits& 
   AttentionPlan plan{};
   plan.on_matrix_units = fits_matrix_units(params);
   if (!plan.on_matrix_units) return plan;
+  plan.limits = limits;
   dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype",
            [&](auto cache) { plan.decode = plan_decode<Element<cache()>>(params, limits); });
   plan.cells = num_cells(params, plan.decode);
@@ -67,7 +69,10 @@ void run_attention(const AttentionParams& params, const AttentionPlan& plan, con
            [&](auto cache) { run_decode<Element<cache()>>(params, plan.decode, store, stream); });
   const bool may_have_more =
       params.query_start_loc != nullptr && params.num_tokens > plan.decode.max_query_len;
-  if (may_have_more) run_portable(params, plan.decode.max_query_len + 1, stream);
+  if (!may_have_more) return;
+  dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype", [&](auto cache) {
+    run_prefill<Element<cache()>>(params, plan.decode.max_query_len + 1, plan.limits, stream);
+  });
 }
 
 }  // namespace paged_ops::cuda

@@ -80,13 +80,44 @@ struct Columns {
 // A query's fragments: 16 rows by 16 columns, in the order of Columns.
 using RowFragment = uint32_t[4];
 
+// What multiplies a RowFragment: 16 elements of each of 8 keys, or 8 elements of each of 16 values.
+struct KeyFragment {
+  uint32_t low;
+  uint32_t high;
+};
+
+// Of what load_matrices has given for 16 keys: keys 8 * half and on, columns 16 * part and on.
+template <typename Cache>
+__device__ KeyFragment key_fragment(const uint32_t (&key)[4], int part, int half) {
+  if constexpr (kIsFloat8<Cache>) {
+    const uint32_t elements = key[2 * half + part];
+    return {widen_float8(elements), widen_float8(elements >> 16)};
+  } else {
+    return {key[2 * half], key[2 * half + 1]};
+  }
+}
+
+// Of what load_matrices_transposed has given for 16 values: the `column`-th 8 columns.
+template <typename Cache>
+__device__ KeyFragment value_fragment(const uint32_t (&value)[4], int column) {
+  const uint32_t low = value[column / 2 * 2], high = value[column / 2 * 2 + 1];
+  if constexpr (kIsFloat8<Cache>) {
+    const uint32_t bytes = column % 2 == 0 ? 0x4420 : 0x4431;
+    return {widen_float8(__byte_perm(low, 0, bytes)), widen_float8(__byte_perm(high, 0, bytes))};
+  } else {
+    return {value[2 * column], value[2 * column + 1]};
+  }
+}
+
 // scores = queries * keys^T for kKeys keys and kTiles times 16 queries; scores[t][n] holds the keys
 // 8 n + 2 (l % 4) and the next, for row l / 4 and then for row l / 4 + 8. query(t, step, fragment)
 // fetches the columns 16 * step and on.
-template <typename Cache, int kHeadSize, int kTiles, int kKeys, int kCapacity, typename Query>
+template <typename Cache, int kHeadSize, int kTiles, int kKeys, typename Query>
 __device__ void multiply_keys(Query&& query, SharedAddress key_row, int pitch,
-                              float (&scores)[kCapacity][kKeys / 8][4]) {
+                              float (&scores)[kTiles][kKeys / 8][4]) {
   using Number = Operand<Cache>;
+  constexpr int kParts = SharedRows<Cache>::kStep / 16;
+  constexpr int kSteps = kHeadSize / SharedRows<Cache>::kStep, kLoads = kKeys / 16;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -95,77 +126,79 @@ __device__ void multiply_keys(Query&& query, SharedAddress key_row, int pitch,
       for (int i = 0; i < 4; ++i) scores[tile][n][i] = 0.0f;
     }
   }
-#pragma unroll
-  for (int step = 0; step < kHeadSize / SharedRows<Cache>::kStep; ++step) {
-    constexpr int kParts = SharedRows<Cache>::kStep / 16;
-    RowFragment rows[kTiles][kParts];
+  // Fragments are loaded one ahead; those of float8 are as large as two, there is no room for more.
+  constexpr int kAhead = kIsFloat8<Cache> ? 0 : 1;
+  RowFragment rows[1 + kAhead][kTiles][kParts];
+  uint32_t key[1 + kAhead][4];
+  const auto load_rows = [&](int step) {
+    if (step >= kSteps) return;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) query(tile, kParts * step + part, rows[tile][part]);
+      for (int part = 0; part < kParts; ++part) {
+        query(tile, kParts * step + part, rows[step % (1 + kAhead)][tile][part]);
+      }
     }
+  };
+  const auto load_key = [&](int load) {
+    if (load >= kSteps * kLoads) return;
+    load_matrices(key_row + load % kLoads * 16 * pitch + load / kLoads * 32,
+                  key[load % (1 + kAhead)]);
+  };
+  if (kAhead > 0) {
+    load_rows(0);
+    load_key(0);
+  }
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; n += 2) {
-      uint32_t key[4];
-      load_matrices(key_row + n * 8 * pitch + step * 32, key);
+  for (int load = 0; load < kSteps * kLoads; ++load) {
+    const int step = load / kLoads, n = load % kLoads;
+    load_key(load + kAhead);
+    if (n == 0) load_rows(step + kAhead);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        auto* const sums = scores[tile];
-        if constexpr (kIsFloat8<Cache>) {
+    for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            const auto& query_part = rows[tile][part];
-            const uint32_t low = key[part], high = key[2 + part];
-            multiply_add(Number(), sums[n], query_part, widen_float8(low), widen_float8(low >> 16));
-            multiply_add(Number(), sums[n + 1], query_part, widen_float8(high),
-                         widen_float8(high >> 16));
-          }
-        } else {
-          multiply_add(Number(), sums[n], rows[tile][0], key[0], key[1]);
-          multiply_add(Number(), sums[n + 1], rows[tile][0], key[2], key[3]);
+      for (int half = 0; half < 2; ++half) {
+        const KeyFragment keys = key_fragment<Cache>(key[load % (1 + kAhead)], part, half);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          multiply_add(Number(), scores[tile][2 * n + half], rows[step % (1 + kAhead)][tile][part],
+                       keys.low, keys.high);
         }
       }
     }
   }
 }
 
-// sums += weights * values, the weights laid out as multiply_keys leaves scores.
-template <typename Cache, int kHeadSize, int kTiles, int kKeys, int kCapacity>
-__device__ void multiply_values(const float (&weights)[kCapacity][kKeys / 8][4],
-                                SharedAddress value_row, int pitch,
-                                float (&sums)[kCapacity][kHeadSize / 8][4]) {
+// sums += weights * values. weight(t, n, fragment) makes the weights of the keys 16 n and on, laid
+// out as multiply_keys leaves scores; it is asked for them while those before are multiplied.
+template <typename Cache, int kHeadSize, int kTiles, int kKeys, typename Weight>
+__device__ void multiply_values(Weight&& weight, SharedAddress value_row, int pitch,
+                                float (&sums)[kTiles][kHeadSize / 8][4]) {
   using Number = Operand<Cache>;
+  constexpr int kSteps = kHeadSize / SharedRows<Cache>::kStep;
+  constexpr int kParts = SharedRows<Cache>::kStep / 8;  // of 8 columns, in a step
+  RowFragment rows[2][kTiles];
 #pragma unroll
-  for (int n = 0; n < kKeys / 8; n += 2) {
-    RowFragment rows[kTiles];
+  for (int tile = 0; tile < kTiles; ++tile) weight(tile, 0, rows[0][tile]);
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const auto &first = weights[tile][n], &second = weights[tile][n + 1];
-      rows[tile][0] = pack(Number(), first[0], first[1]);
-      rows[tile][1] = pack(Number(), first[2], first[3]);
-      rows[tile][2] = pack(Number(), second[0], second[1]);
-      rows[tile][3] = pack(Number(), second[2], second[3]);
-    }
+  for (int n = 0; n < kKeys / 16; ++n) {
 #pragma unroll
-    for (int step = 0; step < kHeadSize / SharedRows<Cache>::kStep; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       uint32_t value[4];
-      load_matrices_transposed(value_row + n * 8 * pitch + step * 32, value);
+      load_matrices_transposed(value_row + n * 16 * pitch + step * 32, value);
+#pragma unroll
+      for (int column = 0; column < kParts; ++column) {
+        const KeyFragment values = value_fragment<Cache>(value, column);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          multiply_add(Number(), sums[tile][kParts * step + column], rows[n % 2][tile], values.low,
+                       values.high);
+        }
+      }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        if constexpr (kIsFloat8<Cache>) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t low = value[2 * half], high = value[2 * half + 1];
-            auto* const sum = &sums[tile][4 * step + 2 * half];
-            multiply_add(Number(), sum[0], rows[tile], widen_float8(__byte_perm(low, 0, 0x4420)),
-                         widen_float8(__byte_perm(high, 0, 0x4420)));
-            multiply_add(Number(), sum[1], rows[tile], widen_float8(__byte_perm(low, 0, 0x4431)),
-                         widen_float8(__byte_perm(high, 0, 0x4431)));
-          }
-        } else {
-          multiply_add(Number(), sums[tile][2 * step], rows[tile], value[0], value[1]);
-          multiply_add(Number(), sums[tile][2 * step + 1], rows[tile], value[2], value[3]);
-        }
+        const bool due = step == tile * kSteps / kTiles && n + 1 < kKeys / 16;
+        if (due) weight(tile, n + 1, rows[(n + 1) % 2][tile]);
       }
     }
   }

@@ -12,6 +12,7 @@ namespace paged_ops::cuda {
 // How an attention call is computed, and the memory that it needs meanwhile.
 struct AttentionPlan {
   bool on_matrix_units;
+  DeviceLimits limits;
   DecodePlan decode;
   int64_t cells;  // of the PieceStore
   size_t scratch_bytes;

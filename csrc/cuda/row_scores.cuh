@@ -33,93 +33,120 @@ __device__ inline RowPlace place_of(const AttentionParams& params, const RowBloc
           block.seq_len - block.query_len + token};
 }
 
-// The rows of one lane: how they are scored and what they see. What only some tiles or some calls
-// need is worked out there: registers are what the kernels that use this are short of.
+// Keys that some of the rows first .. first + count - 1 see, and those that all of them see.
+struct RowKeys {
+  KeyRange any;
+  KeyRange all;
+
+  __device__ static RowKeys of(const AttentionParams& params, const RowBlock& block, int first,
+                               int count) {
+    const auto keys = [&](int row) {
+      return visible_keys(params, block.seq_len, place_of(params, block, row).position);
+    };
+    const KeyRange top = keys(first), bottom = keys(first + count - 1);
+    return {{top.begin, bottom.end}, {bottom.begin, top.end}};
+  }
+};
+
+// From dot products to logits in base 2, for kTiles times 16 rows: logit = score * factor, where
+// what `apply` has left is the score. What only some tiles or some calls need is worked out there:
+// registers are what the kernel that uses this is short of.
 template <int kTiles>
 struct RowScores {
-  float scale[kTiles][2];
-  int32_t position[kTiles][2];
-  int32_t seq_len;
+  float factor;  // positive
+  bool plain;    // a dot product is a score
 
-  __device__ void prepare(const AttentionParams& params, const RowBlock& block, int lane) {
-    seq_len = block.seq_len;
+  __device__ static RowScores of(const AttentionParams& params, int kv_head) {
+    const float scale = params.scale * scale_of(params.k_scale, kv_head);
+    const bool plain = params.softcap == 0.0f && params.alibi_slopes == nullptr && scale > 0.0f;
+    return {plain ? scale * kLog2E : 1.0f, plain};
+  }
+
+  // `query_scales`: what the dot products of the block's rows are to be multiplied by; nullptr: 1.
+  // `masked`: some row does not see some of the keys from `first_key` on.
+  template <int kKeys>
+  __device__ void apply(const AttentionParams& params, const RowBlock& block, int first_row,
+                        const float* query_scales, float (&scores)[kTiles][kKeys / 8][4],
+                        int32_t first_key, bool masked, int lane) const {
+    if (query_scales != nullptr) multiply<kKeys>(query_scales + first_row, scores, lane);
+    if (!plain) bend<kKeys>(params, block, first_row, scores, first_key, lane);
+    if (masked) mask<kKeys>(params, block, first_row, scores, first_key, lane);
+  }
+
+  // The row, of 16 * kTiles, that is a lane's `half` of a tile.
+  __device__ static int row_of(int tile, int half, int lane) {
+    return tile * kRows + half * 8 + lane / 4;
+  }
+
+ private:
+  __device__ static RowPlace place(const AttentionParams& params, const RowBlock& block, int row) {
+    return place_of(params, block, min(row, block.num_rows - 1));
+  }
+
+  // Calls run(score, key) for the scores of one row.
+  template <int kKeys, typename Run>
+  __device__ static void for_each_key(float (&scores)[kKeys / 8][4], int half, int32_t first_key,
+                                      int lane, Run&& run) {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        run(scores[n][2 * half + i], first_key + n * 8 + (lane & 3) * 2 + i);
+      }
+    }
+  }
+
+  template <int kKeys>
+  __device__ static void multiply(const float* row_scales, float (&scores)[kTiles][kKeys / 8][4],
+                                  int lane) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = min(tile * kRows + half * 8 + lane / 4, block.num_rows - 1);
-        scale[tile][half] = params.scale * scale_of(params.k_scale, block.kv_head);
-        position[tile][half] = place_of(params, block, row).position;
+        const float scale = row_scales[row_of(tile, half, lane)];
+        for_each_key<kKeys>(scores[tile], half, 0, lane,
+                            [&](float& score, int32_t) { score *= scale; });
       }
     }
   }
 
-  // Dot products to logits in base 2. `masked`: some row does not see some of the keys from
-  // `first_key` on.
-  template <int kActive, int kKeys>
-  __device__ void apply(const AttentionParams& params, const RowBlock& block,
-                        float (&scores)[kTiles][kKeys / 8][4], int32_t first_key, bool masked,
-                        int lane) const {
-    const bool plain = params.softcap == 0.0f && params.alibi_slopes == nullptr;
-#pragma unroll
-    for (int tile = 0; tile < kActive; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float factor = plain ? scale[tile][half] * kLog2E : scale[tile][half];
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-          scores[tile][n][2 * half] *= factor;
-          scores[tile][n][2 * half + 1] *= factor;
-        }
-      }
-    }
-    if (!plain) bend<kActive, kKeys>(params, block, scores, first_key, lane);
-    if (masked) mask<kActive, kKeys>(params, scores, first_key, lane);
+  // softcap * tanh(score / softcap) by an exponential: the error, absolute, is that of 1.
+  __device__ static float cap(float score, float softcap) {
+    const float power = exp2_approx(score * (2.0f * kLog2E / softcap));
+    return softcap - __fdividef(2.0f * softcap, power + 1.0f);
   }
 
- private:
-  __device__ static int32_t key_of(int32_t first_key, int n, int i, int lane) {
-    return first_key + n * 8 + (lane & 3) * 2 + i;
-  }
-
-  template <int kActive, int kKeys>
-  __device__ void bend(const AttentionParams& params, const RowBlock& block,
+  template <int kKeys>
+  __device__ void bend(const AttentionParams& params, const RowBlock& block, int first_row,
                        float (&scores)[kTiles][kKeys / 8][4], int32_t first_key, int lane) const {
 #pragma unroll
-    for (int tile = 0; tile < kActive; ++tile) {
+    for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = min(tile * kRows + half * 8 + lane / 4, block.num_rows - 1);
-        Scores of_row = Scores::of_head(params, place_of(params, block, row).head, block.kv_head);
-        of_row.scale = 1.0f;  // applied before
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float& score = scores[tile][n][2 * half + i];
-            score = of_row.logit(score, position[tile][half] - key_of(first_key, n, i, lane));
-          }
-        }
+        const RowPlace at = place(params, block, first_row + row_of(tile, half, lane));
+        const Scores of_row = Scores::of_head(params, at.head, block.kv_head);
+        for_each_key<kKeys>(scores[tile], half, first_key, lane, [&](float& score, int32_t key) {
+          float logit = of_row.scale * score;
+          if (params.softcap > 0.0f) logit = cap(logit, params.softcap);
+          logit -= of_row.alibi_slope * static_cast<float>(abs(at.position - key));
+          score = logit * kLog2E;
+        });
       }
     }
   }
 
-  template <int kActive, int kKeys>
-  __device__ void mask(const AttentionParams& params, float (&scores)[kTiles][kKeys / 8][4],
-                       int32_t first_key, int lane) const {
+  template <int kKeys>
+  __device__ void mask(const AttentionParams& params, const RowBlock& block, int first_row,
+                       float (&scores)[kTiles][kKeys / 8][4], int32_t first_key, int lane) const {
 #pragma unroll
-    for (int tile = 0; tile < kActive; ++tile) {
+    for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const KeyRange range = visible_keys(params, seq_len, position[tile][half]);
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int32_t key = key_of(first_key, n, i, lane);
-            if (key < range.begin || key >= range.end) scores[tile][n][2 * half + i] = -INFINITY;
-          }
-        }
+        const RowPlace at = place(params, block, first_row + row_of(tile, half, lane));
+        const KeyRange range = visible_keys(params, block.seq_len, at.position);
+        for_each_key<kKeys>(scores[tile], half, first_key, lane, [&](float& score, int32_t key) {
+          if (key < range.begin || key >= range.end) score = -INFINITY;
+        });
       }
     }
   }

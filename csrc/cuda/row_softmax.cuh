@@ -2,6 +2,7 @@
 // which lane l holds the rows l / 4 and l / 4 + 8 of each tile, together with 3 other lanes.
 #pragma once
 
+#include "fragments.cuh"
 #include "ptx.cuh"
 #include "softmax.cuh"
 #include "warp.cuh"
@@ -10,8 +11,10 @@ namespace paged_ops::cuda {
 
 template <int kTiles, int kHeadSize>
 struct RowSoftmax {
-  float maximum[kTiles][2];  // of the logits, in base 2; -inf: no key seen
-  float sum[kTiles][2];      // of exp2(logit - maximum); this lane's share until `finish`
+  // What the logits are measured from, in base 2: some logit that is smaller than the largest by
+  // kSlack at most; -inf: no key seen.
+  float base[kTiles][2];
+  float sum[kTiles][2];  // of exp2(logit - base); this lane's share until `finish`
   float out[kTiles][kHeadSize / 8][4];
 
   __device__ void reset() {
@@ -19,7 +22,7 @@ struct RowSoftmax {
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        maximum[tile][half] = -INFINITY;
+        base[tile][half] = -INFINITY;
         sum[tile][half] = 0.0f;
       }
 #pragma unroll
@@ -30,47 +33,44 @@ struct RowSoftmax {
     }
   }
 
-  // Turns the logits of the next keys into weights and makes room for them in the state. `out` is
-  // left alone where no maximum has risen, which soon is nearly always.
-  template <int kActive, int kKeys>
-  __device__ void weigh(float (&scores)[kTiles][kKeys / 8][4]) {
+  // Raises the base where the logits of the next keys, scores times factor > 0, lie far above it:
+  // after the first tiles that is rare (as in FlashAttention-4), and else nothing is rescaled and
+  // the lanes need not agree on a maximum.
+  template <int kKeys>
+  __device__ void make_room(const float (&scores)[kTiles][kKeys / 8][4], float factor) {
+    float largest[kTiles][2];
+    bool far = false;
 #pragma unroll
-    for (int tile = 0; tile < kActive; ++tile) {
-      float shrink[2];
-      bool raised = false;
+    for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float largest = maximum[tile][half];
+        float score = scores[tile][0][2 * half];
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) {
-          const auto& score = scores[tile][n];
-          largest = fmaxf(largest, fmaxf(score[2 * half], score[2 * half + 1]));
+          score = fmaxf(score, fmaxf(scores[tile][n][2 * half], scores[tile][n][2 * half + 1]));
         }
-        largest = quad_max(largest);
-        const float base = base_of(largest);
-        shrink[half] = exp2_approx(maximum[tile][half] - base);
-        raised = raised || largest != maximum[tile][half];
-        maximum[tile][half] = largest;
-        float weights = 0.0f;
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            scores[tile][n][i] = exp2_approx(scores[tile][n][i] - base);
-            weights += scores[tile][n][i];
-          }
-        }
-        sum[tile][half] = sum[tile][half] * shrink[half] + weights;
+        largest[tile][half] = score * factor;
+        far = far || largest[tile][half] > base[tile][half] + kSlack;
       }
-      if (warp_any(raised)) rescale(tile, shrink);
     }
+    if (warp_any(far)) raise(largest);
   }
 
-  __device__ void rescale(int tile, const float (&factor)[2]) {
+  // The weights of 16 keys, which begin at key 16 n: as what multiplies the values.
+  template <typename Number, int kKeys>
+  __device__ void weigh(const float (&scores)[kTiles][kKeys / 8][4], float factor, int tile, int n,
+                        RowFragment& fragment) {
 #pragma unroll
-    for (int n = 0; n < kHeadSize / 8; ++n) {
+    for (int part = 0; part < 2; ++part) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) out[tile][n][i] *= factor[i / 2];
+      for (int half = 0; half < 2; ++half) {
+        const float* const pair = &scores[tile][2 * n + part][2 * half];
+        const float from = base_of(base[tile][half]);
+        const float first = exp2_approx(fmaf(pair[0], factor, -from));
+        const float second = exp2_approx(fmaf(pair[1], factor, -from));
+        sum[tile][half] += first + second;
+        fragment[2 * part + half] = pack(Number(), first, second);
+      }
     }
   }
 
@@ -80,6 +80,29 @@ struct RowSoftmax {
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) sum[tile][half] = quad_sum(sum[tile][half]);
+    }
+  }
+
+ private:
+  // Weights up to 2^8: float16 holds 2^15, and what is smaller by 2^24 than the largest is lost.
+  static constexpr float kSlack = 8.0f;
+
+  __device__ void raise(const float (&largest)[kTiles][2]) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      float shrink[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float raised = fmaxf(base[tile][half], quad_max(largest[tile][half]));
+        shrink[half] = exp2_approx(base[tile][half] - base_of(raised));
+        base[tile][half] = raised;
+        sum[tile][half] *= shrink[half];
+      }
+#pragma unroll
+      for (int n = 0; n < kHeadSize / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[tile][n][i] *= shrink[i / 2];
+      }
     }
   }
 };

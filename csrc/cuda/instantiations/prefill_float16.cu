@@ -1,0 +1,8 @@
+#include "../prefill_by_head_size.cuh"
+
+namespace paged_ops::cuda {
+
+template void run_prefill<__half>(const AttentionParams&, int32_t, const DeviceLimits&,
+                                  cudaStream_t);
+
+}  // namespace paged_ops::cuda

@@ -1,0 +1,18 @@
+// The prefill kernel for one cache type, by head size. instantiations/ holds one file for each.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../params.h"
+#include "heuristics.h"
+
+namespace paged_ops::cuda {
+
+// Computes the sequences with at least `min_query_len` > 0 query tokens; leaves the others alone.
+template <typename Cache>
+void run_prefill(const AttentionParams& params, int32_t min_query_len, const DeviceLimits& limits,
+                 cudaStream_t stream);
+
+}  // namespace paged_ops::cuda
