@@ -52,39 +52,42 @@ __device__ void convert(Float from, float scale, __nv_fp8_e4m3& to) {
   from_float(to_float(from) / scale, to);
 }
 
-// The heads of one token, moved by the whole CTA.
-template <typename From, typename To>
-__device__ void move_heads(const From* from, int64_t from_stride, To* to, int64_t to_stride,
-                           int num_heads, int head_size, const Scale& scale) {
-  for (int i = threadIdx.x; i < num_heads * head_size; i += kThreads) {
-    const int head = i / head_size;
-    const int d = i % head_size;
-    convert(from[head * from_stride + d], scale_of(scale, head), to[head * to_stride + d]);
-  }
+struct BlockAndOffset {
+  int64_t block;
+  int64_t offset;
+};
+
+// Divisions of 64 bits are slow, and slots mostly small.
+__device__ BlockAndOffset split(int64_t slot, int32_t block_size) {
+  if (slot >> 32 != 0) return {slot / block_size, slot % block_size};
+  const auto small = static_cast<uint32_t>(slot), size = static_cast<uint32_t>(block_size);
+  return {small / size, small % size};
 }
 
-// One CTA for each token.
+// One CTA for each token. A thread asks for its part of the key and of the value before it waits
+// for the slot: three reads of memory then take as long as one.
 template <typename From, typename To>
 __global__ void __launch_bounds__(kThreads)
     write_kv_kernel(const __grid_constant__ WriteKvParams params) {
   const int64_t token = blockIdx.x;
   const int64_t slot = params.slot_mapping[token];
-  if (slot < 0) return;
-  const int64_t block = slot / params.block_size;
-  const int64_t offset = slot % params.block_size;
-
-  const auto write = [&](const void* source, int64_t stride_token, int64_t stride_head,
-                         const CacheHalf<void*>& half, const Scale& scale) {
-    const From* const from = static_cast<const From*>(source) + token * stride_token;
-    To* const to =
-        static_cast<To*>(half.data) + block * half.stride_block + offset * half.stride_slot;
-    move_heads(from, stride_head, to, half.stride_head, params.num_kv_heads, params.head_size,
-               scale);
-  };
-  write(params.key, params.key_stride_token, params.key_stride_head, params.key_cache,
-        params.k_scale);
-  write(params.value, params.value_stride_token, params.value_stride_head, params.value_cache,
-        params.v_scale);
+  const auto* const key = static_cast<const From*>(params.key) + token * params.key_stride_token;
+  const auto* const value =
+      static_cast<const From*>(params.value) + token * params.value_stride_token;
+  for (int i = threadIdx.x; i < params.num_kv_heads * params.head_size; i += kThreads) {
+    const int head = i / params.head_size;
+    const int d = i % params.head_size;
+    const From of_key = key[head * params.key_stride_head + d];
+    const From of_value = value[head * params.value_stride_head + d];
+    if (slot < 0) return;
+    const auto [block, offset] = split(slot, params.block_size);
+    const auto place = [&](const CacheHalf<void*>& half) {
+      return static_cast<To*>(half.data) + block * half.stride_block + offset * half.stride_slot +
+             head * half.stride_head + d;
+    };
+    convert(of_key, scale_of(params.k_scale, head), *place(params.key_cache));
+    convert(of_value, scale_of(params.v_scale, head), *place(params.value_cache));
+  }
 }
 
 // One CTA for each pair along x; along y the CTAs share the slots of both halves.
@@ -98,9 +101,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t half = i / params.block_size;
     const int64_t slot = i % params.block_size;
     Word* const token = cache + half * params.stride_kv + slot * params.stride_slot;
-    move_heads(token + source * params.stride_block, params.stride_head,
-               token + destination * params.stride_block, params.stride_head, params.num_kv_heads,
-               params.head_size, Scale{});
+    for (int j = threadIdx.x; j < params.num_kv_heads * params.head_size; j += kThreads) {
+      const int64_t at = j / params.head_size * params.stride_head + j % params.head_size;
+      token[destination * params.stride_block + at] = token[source * params.stride_block + at];
+    }
   }
 }
 
@@ -128,7 +132,7 @@ CopyBlocksParams in_words(CopyBlocksParams params, int word) {
 
 template <typename From, typename To>
 void launch_write_kv(const WriteKvParams& params, cudaStream_t stream) {
-  launch("write_kv", write_kv_kernel<From, To>, {params.num_tokens}, kThreads, stream, params);
+  launch<write_kv_kernel<From, To>>("write_kv", {params.num_tokens}, kThreads, stream, params);
 }
 
 }  // namespace
@@ -159,8 +163,8 @@ void run_copy_blocks(const CopyBlocksParams& params, cudaStream_t stream) {
                                 params.stride_slot, params.stride_head});
   const int64_t ctas = std::min(2 * static_cast<int64_t>(params.block_size), kMaxGridY);
   dispatch(BuiltWordBytes{}, word, "word", [&](auto bytes) {
-    launch("copy_blocks", copy_blocks_kernel<typename WordOf<bytes()>::type>,
-           {params.num_pairs, ctas}, kThreads, stream, in_words(params, word));
+    launch<copy_blocks_kernel<typename WordOf<bytes()>::type>>(
+        "copy_blocks", {params.num_pairs, ctas}, kThreads, stream, in_words(params, word));
   });
 }
 

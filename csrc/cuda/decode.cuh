@@ -339,8 +339,9 @@ struct Decode {
   static void launch_for(const AttentionParams& params, const DecodePlan& plan,
                          const PieceStore& store, cudaStream_t stream) {
     const Grid grid{static_cast<int64_t>(plan.num_shares) * plan.num_columns};
-    cuda::launch(params.op, decode_kernel<Cache, kHeadSize, kTiles>, grid, Shape::kThreads,
-                 plan.stages * Shape::kStageBytes, stream, params, plan, store);
+    cuda::launch<decode_kernel<Cache, kHeadSize, kTiles>>(params.op, grid, Shape::kThreads,
+                                                          plan.stages * Shape::kStageBytes, stream,
+                                                          params, plan, store);
   }
 };
 

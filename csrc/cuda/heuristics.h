@@ -1,9 +1,8 @@
 // How a call is cut up, decided on the host from shapes alone: no length is read. Pure functions.
 //
 // An example: bfloat16, 32 query heads over 8 KV heads of 128, on 132 multiprocessors. Head sizes
-// from 97 to 128 are computed as 128. A stage is 4 heads x 16 keys x (K + V), 32 KB;
-// 3 of them fit twice into 228 KB, so 264 CTAs run at once. 8 KV heads are 2 groups of 4, so a
-// share of the keys belongs to 2 CTAs, and there are 132 shares.
+// from 97 to 128 are computed as 128. A stage is 8 heads x 16 keys x (K + V), 66 KB with room for
+// results; 3 of them fit into 228 KB, so each multiprocessor has one CTA, and there are 132 shares.
 #pragma once
 
 #include <algorithm>

@@ -60,9 +60,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 
 void run_merge_states(const MergeStatesParams& params, cudaStream_t stream) {
   dispatch(BuiltFloatTypes{}, params.dtype, "out dtype", [&](auto dtype) {
-    launch("merge_states", merge_states_kernel<Element<dtype()>>,
-           {ceil_div(params.num_tokens * params.num_heads, kWarps)}, kWarps * kWarpSize, stream,
-           params);
+    launch<merge_states_kernel<Element<dtype()>>>(
+        "merge_states", {ceil_div(params.num_tokens * params.num_heads, kWarps)},
+        kWarps * kWarpSize, stream, params);
   });
 }
 

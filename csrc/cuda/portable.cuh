@@ -186,9 +186,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 template <typename Cache, int kElements>
 void launch_portable(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {
   const int64_t ctas_per_group = ceil_div(params.group_size(), kHeads);
-  launch(params.op, portable_kernel<Cache, kElements>,
-         {params.num_tokens, params.num_kv_heads * ctas_per_group}, kWarps * kWarpSize, stream,
-         params, min_query_len);
+  launch<portable_kernel<Cache, kElements>>(
+      params.op, {params.num_tokens, params.num_kv_heads * ctas_per_group}, kWarps * kWarpSize,
+      stream, params, min_query_len);
 }
 
 }  // namespace paged_ops::cuda

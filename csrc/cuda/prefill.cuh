@@ -393,8 +393,8 @@ void launch_shape(const AttentionParams& params, int32_t min_query_len, cudaStre
   plan.group_size = Divisor::of(params.group_size());
   plan.wide_query =
       widest_word(2, {params.query}, {params.query_stride_token, params.query_stride_head}) == 16;
-  launch(params.op, prefill_kernel<Shape>, {plan.blocks.num_places(params) * params.num_kv_heads},
-         Shape::kThreads, Shape::kSharedBytes, stream, params, plan);
+  launch<prefill_kernel<Shape>>(params.op, {plan.blocks.num_places(params) * params.num_kv_heads},
+                                Shape::kThreads, Shape::kSharedBytes, stream, params, plan);
 }
 
 template <typename Cache, int kHeadSize>

@@ -100,19 +100,19 @@ __global__ void check_copy_blocks_kernel(const __grid_constant__ CopyBlocksParam
 
 void check_values(const AttentionParams& params, cudaStream_t stream) {
   if (!enabled()) return;
-  launch("attention", check_attention_kernel, {params.num_seqs}, kThreads, stream, params);
+  launch<check_attention_kernel>("attention", {params.num_seqs}, kThreads, stream, params);
 }
 
 void check_values(const WriteKvParams& params, cudaStream_t stream) {
   if (!enabled()) return;
-  launch("write_kv", check_write_kv_kernel, {ceil_div(params.num_tokens, kThreads)}, kThreads,
-         stream, params);
+  launch<check_write_kv_kernel>("write_kv", {ceil_div(params.num_tokens, kThreads)}, kThreads,
+                                stream, params);
 }
 
 void check_values(const CopyBlocksParams& params, cudaStream_t stream) {
   if (!enabled()) return;
-  launch("copy_blocks", check_copy_blocks_kernel, {ceil_div(2 * params.num_pairs, kThreads)},
-         kThreads, stream, params);
+  launch<check_copy_blocks_kernel>("copy_blocks", {ceil_div(2 * params.num_pairs, kThreads)},
+                                   kThreads, stream, params);
 }
 
 }  // namespace paged_ops::cuda
