@@ -93,23 +93,14 @@ constexpr int log2_of(int power_of_two) {
 }
 
 // KV heads of a CTA. As many as it has warps read the longest runs of memory. But sequences of a
-// small batch are cut into many pieces, and fewer heads make these fewer and smaller; so few that
-// the columns divide the multiprocessors.
+// small batch are cut into many pieces, and fewer heads make these fewer and smaller.
 template <typename Shape>
-int heads_log2_for(const AttentionParams& params, int num_ctas) {
+int heads_log2_for(const AttentionParams& params) {
   constexpr int kSmallBatch = 16;
-  const bool small = params.num_seqs < kSmallBatch && !params.batch_invariant;
-  int best = 0, most_used = 0;
-  for (int log2 = 0; (1 << log2) <= Shape::kWarps; ++log2) {
-    if (params.num_kv_heads % (1 << log2) != 0) break;
-    const int columns = params.num_kv_heads >> log2;
-    const int used = num_ctas / columns * columns;
-    if (used > most_used || !small) {
-      best = log2;
-      most_used = used;
-    }
-  }
-  return best;
+  if (params.num_seqs < kSmallBatch && !params.batch_invariant) return 0;
+  int log2 = 0;
+  while ((2 << log2) <= Shape::kWarps && params.num_kv_heads % (2 << log2) == 0) ++log2;
+  return log2;
 }
 
 // Tiles of 8 query rows. Two where the query heads of one token need them, and where it seems that
@@ -125,9 +116,7 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
                        int static_bytes) {
   DecodePlan plan{};
   const int group_size = params.group_size();
-  const Residency resident = residency<Shape>(limits, static_bytes);
-  const int num_ctas = limits.multiprocessors * resident.ctas;
-  plan.heads_log2 = heads_log2_for<Shape>(params, num_ctas);
+  plan.heads_log2 = heads_log2_for<Shape>(params);
   plan.heads = 1 << plan.heads_log2;
   plan.tile_keys_log2 = log2_of(Shape::kStageKeys) - plan.heads_log2;
   plan.tile_keys = 1 << plan.tile_keys_log2;
@@ -138,8 +127,9 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
   plan.row_chunks = (group_size + rows - 1) / rows;
   plan.rows_per_cta = std::min(plan.max_query_len * group_size, rows);
   plan.num_columns = params.num_kv_heads / plan.heads * plan.row_chunks;
+  const Residency resident = residency<Shape>(limits, static_bytes);
   plan.stages = resident.stages;
-  plan.num_shares = std::max(num_ctas / plan.num_columns, 1);
+  plan.num_shares = std::max(limits.multiprocessors * resident.ctas / plan.num_columns, 1);
   plan.num_shares_inverse = UINT32_MAX / static_cast<uint32_t>(plan.num_shares);
   const bool power_of_two = (params.block_size & (params.block_size - 1)) == 0;
   plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;

@@ -197,59 +197,95 @@ struct PieceEnd {
   }
 
   // Adds up rows, so many `parts` of each, [parts, num_rows, result_pitch] floats in shared memory.
-  // The results are the rows `first_row` and on: of `to` or, without it, of the output. A warp
-  // takes rows in turn, its lanes four columns each.
+  // The results are the rows `first_row` and on: of `to` or, without it, of the output. A row has 8
+  // lanes of a warp, or more where there are few rows.
   __device__ __forceinline__ void add_up(float* to, const Span& span, const float* parts,
                                          int num_parts, int first_row, int num_rows) const {
-    const int warps = blockDim.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    const int threads = blockDim.x, lane = threadIdx.x % kWarpSize;
+    int lanes = kWarpSize;
+    while (lanes > 8 && threads / lanes < num_rows) lanes /= 2;
     const int pitch = plan.result_pitch, at_softmax = pitch - 4, stride = num_rows * pitch;
+    const int mine = lane & (lanes - 1);
 #pragma unroll 1
-    for (int row = threadIdx.x / kWarpSize; row < num_rows; row += warps) {
-      const float* const first = parts + row * pitch;
-      float maximum = -INFINITY, sum = 0.0f;
+    for (int first = (threadIdx.x - lane) / lanes; first < num_rows; first += threads / lanes) {
+      const int row = min(first + lane / lanes, num_rows - 1);  // the last one by several
+      const float* const from = parts + row * pitch;
+      const float2 softmax = add_up_softmax(from + at_softmax, num_parts, stride, lanes);
+      const float base = base_of(softmax.x);
+      const RowOutput output =
+          to == nullptr ? output_of(span, first_row + row, softmax) : RowOutput{};
+      float* const row_of_part = to + (first_row + row) * pitch;
 #pragma unroll 1
-      for (int part = lane; part < num_parts; part += kWarpSize) {
-        maximum = fmaxf(maximum, first[part * stride + at_softmax]);
-      }
-      maximum = warp_max(maximum);
-#pragma unroll 1
-      for (int column = lane * 4; column < pitch - 4; column += kWarpSize * 4) {
+      for (int column = mine * 4; column < at_softmax; column += lanes * 4) {
         float4 sums{};
-        sum = 0.0f;
 #pragma unroll 4
         for (int part = 0; part < num_parts; ++part) {
-          const float* const from = first + part * stride;
-          const float weight = exp2_approx(from[at_softmax] - base_of(maximum));
-          const float4 values = *reinterpret_cast<const float4*>(from + column);
-          sum += weight * from[at_softmax + 1];
+          const float* const of_part = from + part * stride;
+          const float weight = exp2_approx(of_part[at_softmax] - base);
+          const float4 values = *reinterpret_cast<const float4*>(of_part + column);
           sums.x += weight * values.x, sums.y += weight * values.y;
           sums.z += weight * values.z, sums.w += weight * values.w;
         }
         if (to != nullptr) {
-          *reinterpret_cast<float4*>(to + (first_row + row) * pitch + column) = sums;
+          *reinterpret_cast<float4*>(row_of_part + column) = sums;
         } else if (column < params.head_size) {
-          write(span, first_row + row, column, sums, maximum, sum);
+          write(output, column, sums);
         }
       }
       __syncwarp();  // `to` may be where the first part is
-      if (to != nullptr && lane == 0)
-        store_pair(to + (first_row + row) * pitch + at_softmax, maximum, sum);
+      if (mine > 0) continue;
+      if (to != nullptr) {
+        store_pair(row_of_part + at_softmax, softmax.x, softmax.y);
+      } else if (params.lse != nullptr) {
+        params.lse[output.lse_index] = output.lse;
+      }
     }
   }
 
-  // Writes four columns of a row, from `column` on.
-  __device__ __forceinline__ void write(const Span& span, int row, int column, const float4& sums,
-                                        float maximum, float sum) const {
+  // The maximum of the parts' maxima, and the sum of their weights from there, by the `lanes` of a
+  // row together.
+  __device__ __forceinline__ float2 add_up_softmax(const float* softmaxes, int num_parts,
+                                                   int stride, int lanes) const {
+    const int mine = threadIdx.x & (lanes - 1);
+    float maximum = -INFINITY, sum = 0.0f;
+#pragma unroll 1
+    for (int part = mine; part < num_parts; part += lanes) {
+      maximum = fmaxf(maximum, softmaxes[part * stride]);
+    }
+#pragma unroll 1
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+      maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, distance));
+    }
+    const float base = base_of(maximum);
+#pragma unroll 1
+    for (int part = mine; part < num_parts; part += lanes) {
+      const float* const softmax = softmaxes + part * stride;
+      sum += exp2_approx(softmax[0] - base) * softmax[1];
+    }
+#pragma unroll 1
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    }
+    return {maximum, sum};
+  }
+
+  // `row`: among those of all heads of the CTA.
+  __device__ __forceinline__ RowOutput output_of(const Span& span, int row,
+                                                 const float2& softmax) const {
     const int of_head = cta.block(plan, span, 0).num_rows;
     const int head = quotient(row, of_head);
-    const RowOutput output =
-        RowOutput::of(params, cta.block(plan, span, head), row - head * of_head, maximum, sum);
+    return RowOutput::of(params, cta.block(plan, span, head), row - head * of_head, softmax.x,
+                         softmax.y);
+  }
+
+  // Writes four columns of a row.
+  __device__ __forceinline__ void write(const RowOutput& output, int column,
+                                        const float4& sums) const {
     with_float_type(params.out_dtype, [&](auto type) {
       auto* const out = static_cast<decltype(type)*>(params.out);
       output.store(out, column, sums.x, sums.y);
       output.store(out, column + 2, sums.z, sums.w);
     });
-    if (params.lse != nullptr && column == 0) params.lse[output.lse_index] = output.lse;
   }
 };
 

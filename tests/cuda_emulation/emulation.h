@@ -4,11 +4,11 @@
 // found and aborts.
 #pragma once
 
-#include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
+#include <cstdint>
 
 #include <cmath>
 #include <cstdio>
@@ -114,6 +114,7 @@ inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline long min(long a, long b) { return a < b ? a : b; }
 
+#define cudaGetDevice(...) cudaSuccess
 #define cudaFuncSetAttribute(...) cudaSuccess
 #define cudaLaunchKernelEx emulation::launch
 #define cudaGetLastError() ((void)0)
