@@ -301,7 +301,8 @@ def fastest_sdpa(
                 times[backend] = median_ms([seconds_of(call, key.device) for _ in range(5)][1:])
         except RuntimeError:  # this kernel does not take these shapes
             continue
-    print(f"  SDPA alone, ms: { ({each.name: round(ms, 3) for each, ms in times.items()}) }")
+    measured = ", ".join(f"{each.name} {ms:.3f}" for each, ms in times.items())
+    print(f"  SDPA of a layer, ms: {measured}", flush=True)
     return sdpa_kernel(min(times, key=times.__getitem__))
 
 
