@@ -121,16 +121,22 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation, kv_cache: Tensor, batch: Batch) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_size))  # [T, Q + 2 H, D]
         query, key, value = qkv.split(self.heads, dim=1)
-        ops.write_kv(rotate(key, rotation), value, kv_cache, batch.slot_mapping)
-        out = ops.attention(
-            rotate(query, rotation),
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        return self.out(self.attend(query, key, value, kv_cache, batch).flatten(1))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: Batch
+    ) -> Tensor:
+        """Keep the new keys and values, and attend to all that are kept: [T, Q, D]."""
+        ops.write_kv(key, value, kv_cache, batch.slot_mapping)
+        return ops.attention(
+            query,
             kv_cache,
             batch.block_table,
             batch.seq_lens,
             batch.query_start_loc,
             window=self.window,
         )
-        return self.out(out.flatten(1))
 
 
 class FeedForward(nn.Module):

@@ -2,6 +2,7 @@
 
     python examples/generate.py "What is the capital of France?" "Write a haiku about rain."
     python examples/generate.py --model path/to/checkpoint --temperature 0.8 --seed 1 < prompts.txt
+    python examples/generate.py --device cuda --model random:llama-3-8b "Any words."
 
 The prompts are prefilled in one call; then each step decodes one token of every sequence that is
 still running. A sequence that ends gives up its blocks and leaves the batch.
@@ -12,51 +13,35 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from decode_loop import (
+    TUNINGS,
+    Chunk,
+    DecodeLoop,
+    Sampling,
+    Step,
+    compile_step,
+    decode_step,
+)
 from decoder import Decoder
 from load import Checkpoint, CheckpointError, load
+from random_models import RANDOM_PREFIX, SHAPES, random_checkpoint
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from paged_ops import PagedAttentionManager
-from paged_ops.manager import Batch
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-WARMUP_STEPS = 2  # in which the step is compiled
 
 
 class UsageError(ValueError):
     """What the user asked for cannot be done; the message is one sentence."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: greedily at temperature 0."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    generator: torch.Generator | None = None
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Token ids int64 [S] from logits float32 [S, V]."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        probabilities = torch.softmax(logits / self.temperature, -1)
-        if self.top_p < 1:
-            probabilities = keep_nucleus(probabilities, self.top_p)
-        return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(1)
-
-
-def keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zero all but the likeliest tokens that reach top_p together (Holtzman et al., 2020)."""
-    ordered, tokens = probabilities.sort(descending=True)
-    before = ordered.cumsum(-1) - ordered
-    return torch.zeros_like(probabilities).scatter(-1, tokens, ordered * (before < top_p))
 
 
 @dataclass
@@ -65,48 +50,45 @@ class Timing:
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
-    warmup_seconds: float = 0.0  # of the first steps, compilation included
-    steps: list[tuple[int, float]] = field(default_factory=list)  # (tokens, seconds) of the others
+    warmup_seconds: float = 0.0  # in which steps were compiled and captured
+    decode_tokens: int = 0  # without those of the warm-up
+    decode_seconds: float = 0.0
+    steps: int = 0
     step_bytes: int = 0  # weights read by a step
 
     def report(self) -> str:
         lines = [f"prefill  {rate(self.prefill_tokens, self.prefill_seconds)}"]
         if self.steps:
-            tokens, seconds = (sum(column) for column in zip(*self.steps, strict=True))
-            bandwidth = self.step_bytes * len(self.steps) / seconds / 1e9
-            lines.append(f"decode   {rate(tokens, seconds)}, {bandwidth:.1f} GB/s of weights")
-        lines.append(f"warm-up  {self.warmup_seconds:.1f} s for the first {WARMUP_STEPS} steps")
+            bandwidth = self.step_bytes * self.steps / self.decode_seconds / 1e9
+            decode = rate(self.decode_tokens, self.decode_seconds)
+            lines.append(f"decode   {decode}, {bandwidth:.1f} GB/s of weights")
+        lines.append(f"warm-up  {self.warmup_seconds:.1f} s, to prepare the steps")
         return "\n".join(lines)
+
+    def record(self, chunk: Chunk | None, num_tokens: int, seconds: float, warmup: bool) -> None:
+        """Count a turn of the loop, in which a chunk has arrived or none."""
+        if warmup or chunk is None:
+            self.warmup_seconds += seconds
+        else:
+            self.decode_tokens += num_tokens
+            self.decode_seconds += seconds
+            self.steps += chunk.steps
 
 
 def rate(tokens: int, seconds: float) -> str:
     return f"{tokens / seconds:8.1f} tokens/s ({tokens} tokens in {seconds:.2f} s)"
 
 
-def decode_step(model: Decoder, tokens: Tensor, caches: list[Tensor], batch: Batch) -> Tensor:
-    """Logits float32 [S, V] after one new token of each sequence: the step that is compiled."""
-    return model(tokens, caches, batch)
-
-
-def compile_step(device: torch.device) -> Callable[..., Tensor]:
-    """The step for this device, for any number of sequences from 2 on and all lengths."""
-    if device.type == "cuda":
-        return torch.compile(decode_step, fullgraph=True, dynamic=True, mode="reduce-overhead")
-    # Frozen weights are repacked for the matrix kernels: a step reads them at twice the speed. A
-    # patch, and no option of torch.compile, because Dynamo has to know of it while it traces.
-    freeze = torch._inductor.config.patch(freezing=True)
-    return freeze(torch.compile(decode_step, fullgraph=True, dynamic=True))
-
-
 def generate(
     checkpoint: Checkpoint,
     prompts: list[list[int]],
     manager: PagedAttentionManager,
-    step: Callable[..., Tensor],
+    step: Step,
     *,
     max_new_tokens: int,
     sampling: Sampling,
     emit: Callable[[int, int | None], None],
+    check_every: int = 1,
 ) -> Timing:
     """Continue each prompt until a stop token or max_new_tokens.
 
@@ -118,34 +100,36 @@ def generate(
         max_new_tokens: for each prompt, at least 1.
         sampling: how tokens are chosen.
         emit: called with the prompt's index and each token as it is decoded, then with None.
+        check_every: how many tokens are decoded before the host looks for stop tokens. What a
+            sequence decodes after one is dropped.
 
     Returns:
         How long it took.
     """
-    model, device = checkpoint.model, manager.device
-    timing = Timing(step_bytes=sum(each.nbytes for each in model.parameters()))
+    timing = Timing(step_bytes=sum(each.nbytes for each in checkpoint.model.parameters()))
+    texts = Texts(manager, len(prompts), max_new_tokens, checkpoint.stop_tokens, emit)
+    # A GPU works on the next chunk while the host looks at the tokens of the one before.
+    ahead = 1 if manager.device.type == "cuda" else 0
     with torch.no_grad():
+        loop = DecodeLoop(checkpoint.model, manager, step, sampling, check_every)
         started = time.perf_counter()
-        tokens = sampling(prefill(model, prompts, manager))
-        generated = tokens.tolist()  # waits for the device
+        logits = prefill(checkpoint.model, prompts, manager)
+        texts.take(loop.begin(range(len(prompts)), logits))
         timing.prefill_seconds = time.perf_counter() - started
         timing.prefill_tokens = sum(map(len, prompts))
-        running = list(range(len(prompts)))
-        for count in range(1, max_new_tokens + 1):
-            kept = settle(running, generated, checkpoint.stop_tokens, count == max_new_tokens, emit)
-            for seq_id in set(running) - {running[i] for i in kept}:
-                manager.free_sequence(seq_id)
-            running = [running[i] for i in kept]
-            if not running:
-                break
+        launched: deque[Chunk] = deque()
+        left = max_new_tokens - 1
+        while texts.running:
             started = time.perf_counter()
-            manager.append(running)
-            batch = manager.batch(running, pad_to=2)  # the size 1 would be compiled apart
-            inputs = torch.zeros(len(batch.seq_lens), dtype=torch.int64, device=device)
-            inputs[: len(kept)] = tokens[kept]
-            tokens = sampling(step(model, inputs, manager.caches, batch)[: len(running)])
-            generated = tokens.tolist()
-            record(timing, count, len(running), time.perf_counter() - started)
+            chunk, num_tokens, warmup = None, 0, False
+            if left > 0:
+                launched.append(loop.launch(texts.running, min(check_every, left)))
+                warmup = launched[-1].prepared
+                left -= launched[-1].steps
+            if len(launched) > ahead or left == 0:
+                chunk = launched.popleft()
+                num_tokens = texts.take(chunk)
+            timing.record(chunk, num_tokens, time.perf_counter() - started, warmup)
     return timing
 
 
@@ -158,30 +142,42 @@ def prefill(model: Decoder, prompts: list[list[int]], manager: PagedAttentionMan
     return model(tokens, manager.caches, batch)
 
 
-def settle(
-    running: list[int],
-    generated: list[int],
-    stop_tokens: frozenset[int],
-    last: bool,
-    emit: Callable[[int, int | None], None],
-) -> list[int]:
-    """Emit the new token of each running sequence; return the places of those that go on."""
-    kept = []
-    for place, (seq_id, token) in enumerate(zip(running, generated, strict=True)):
-        if token not in stop_tokens:
-            emit(seq_id, token)
-        if token in stop_tokens or last:
-            emit(seq_id, None)
-        else:
-            kept.append(place)
-    return kept
+class Texts:
+    """What has come of each prompt: which are still running, and how many tokens they have."""
 
+    def __init__(
+        self,
+        manager: PagedAttentionManager,
+        num_prompts: int,
+        max_new_tokens: int,
+        stop_tokens: frozenset[int],
+        emit: Callable[[int, int | None], None],
+    ) -> None:
+        self.manager = manager
+        self.running = list(range(num_prompts))
+        self.lengths = [0] * num_prompts
+        self.max_new_tokens = max_new_tokens
+        self.stop_tokens = stop_tokens
+        self.emit = emit
 
-def record(timing: Timing, count: int, tokens: int, seconds: float) -> None:
-    if count <= WARMUP_STEPS:
-        timing.warmup_seconds += seconds
-    else:
-        timing.steps.append((tokens, seconds))
+    def take(self, chunk: Chunk) -> int:
+        """Emit the tokens of a chunk, which it waits for; returns how many there were."""
+        before = sum(self.lengths)
+        for tokens in chunk.wait():
+            for seq_id, token in zip(chunk.seq_ids, tokens, strict=True):
+                if seq_id in self.running:
+                    self._add(seq_id, token)
+        return sum(self.lengths) - before
+
+    def _add(self, seq_id: int, token: int) -> None:
+        stops = token in self.stop_tokens
+        if not stops:
+            self.emit(seq_id, token)
+            self.lengths[seq_id] += 1
+        if stops or self.lengths[seq_id] == self.max_new_tokens:
+            self.emit(seq_id, None)
+            self.running = [each for each in self.running if each != seq_id]
+            self.manager.free_sequence(seq_id)
 
 
 class Printer:
@@ -225,7 +221,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("prompts", nargs="*", help="if none: the lines of the standard input")
-    parser.add_argument("--model", type=Path, help="a checkpoint folder or GGUF file; SmolLM2-135M")
+    parser.add_argument(
+        "--model",
+        help="a checkpoint folder, a GGUF file, or for measuring one of "
+        f"{', '.join(RANDOM_PREFIX + name for name in SHAPES)}; default: SmolLM2-135M",
+    )
     parser.add_argument(
         "--raw", action="store_true", help="do not put prompts in the chat template"
     )
@@ -233,6 +233,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--check-every",
+        type=int,
+        help="tokens that are decoded before the host looks for stop tokens; 1, or 8 on a GPU",
+    )
+    parser.add_argument("--tuning", choices=TUNINGS, default="reductions", help="on a GPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -242,7 +248,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    for name in ("max_new_tokens", "block_size", "num_blocks"):
+    for name in ("max_new_tokens", "block_size", "num_blocks", "check_every"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -264,6 +270,12 @@ def read_prompts(given: list[str], lines: Iterable[str]) -> list[str]:
     if not all(prompt.strip() for prompt in prompts):
         raise UsageError("a prompt is empty")
     return prompts
+
+
+def load_model(model: str | None, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+    if model is not None and model.startswith(RANDOM_PREFIX):
+        return random_checkpoint(model.removeprefix(RANDOM_PREFIX), dtype, device)
+    return load(model and Path(model), dtype, device)
 
 
 def encode(checkpoint: Checkpoint, prompts: list[str], raw: bool) -> list[list[int]]:
@@ -293,7 +305,7 @@ def make_manager(
             f"tokens, but the cache has {num_blocks} (--num-blocks)"
         )
     return PagedAttentionManager(
-        len(prompts),
+        max(len(prompts), 2),  # on a CPU a batch of one has a row of padding
         config.num_kv_heads,
         config.head_size,
         arguments.block_size,
@@ -309,7 +321,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
     prompts = read_prompts(arguments.prompts, sys.stdin)
     device = torch.device(arguments.device)
-    checkpoint = load(arguments.model, DTYPES[arguments.dtype], device)
+    checkpoint = load_model(arguments.model, DTYPES[arguments.dtype], device)
     tokens = encode(checkpoint, prompts, arguments.raw)
     if not all(tokens):
         raise UsageError("a prompt has no tokens")
@@ -320,7 +332,7 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint,
         tokens,
         manager,
-        compile_step(device) if arguments.compile else decode_step,
+        compile_step(device, arguments.tuning) if arguments.compile else decode_step,
         max_new_tokens=arguments.max_new_tokens,
         sampling=Sampling(
             arguments.temperature,
@@ -328,6 +340,7 @@ def run(arguments: argparse.Namespace) -> None:
             torch.Generator(device).manual_seed(arguments.seed),
         ),
         emit=Printer(checkpoint.tokenizer, prompts),
+        check_every=arguments.check_every or (8 if device.type == "cuda" else 1),
     )
     print(f"\n{timing.report()}", file=sys.stderr)
 

