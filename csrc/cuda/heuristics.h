@@ -108,7 +108,7 @@ int heads_log2_for(const AttentionParams& params) {
 inline int row_tiles_for(const AttentionParams& params) {
   const bool few_tokens_each = params.num_tokens > params.num_seqs &&
                                params.num_tokens * params.group_size() <= params.num_seqs * 16;
-  return params.group_size() > 8 || few_tokens_each ? 2 : 1;
+  return params.group_size() > 8 || (few_tokens_each && !params.batch_invariant) ? 2 : 1;
 }
 
 template <typename Shape>
