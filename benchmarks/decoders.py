@@ -7,6 +7,7 @@ graph where there is a GPU. They differ in where keys and values are kept, and i
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -174,6 +175,14 @@ class Paged:
         self.last = chunk
 
 
+def forget(device: torch.device) -> None:
+    """Give up what was compiled and captured, and the memory that nothing refers to."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def allocated_bytes(device: torch.device) -> int:
     """By tensors on a GPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -251,9 +260,9 @@ class Dense:
     def start(self, case: Case) -> None:
         """A cache, a compilation and a capture for each case: shapes are static."""
         setup, config, device = self.setup, self.setup.model.config, self.setup.device
-        torch._dynamo.reset()
         self.call: Callable[[], object] | None = None
         self.caches.clear()
+        forget(device)
         shape = (2, case.batch, config.num_kv_heads, setup.padded_len(case), config.head_size)
         for _ in range(config.num_layers):
             self.caches.append(torch.empty(shape, dtype=setup.dtype, device=device).normal_())
@@ -324,8 +333,8 @@ class Hub:
         from transformers import StaticCache
 
         setup, config, device = self.setup, self.setup.model.config, self.setup.device
-        torch._dynamo.reset()
         self.cache: StaticCache | None = None
+        forget(device)
         longest = setup.padded_len(case)
         cache = StaticCache(config=self.model.config, max_cache_len=longest)
         cache.early_initialization(
