@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from decode_loop import TUNINGS, DecodeLoop, Sampling, Step, compile_step, decode_step
+from decode_loop import DecodeLoop, Sampling, Step, compile_step, decode_step
 from decoder import Attention, Decoder
 from timing import cuda_graph, median_ms, seconds_of
 from torch import Tensor, nn
@@ -67,13 +67,13 @@ class Setup:
         model: the weights.
         cases: all that will be started, in this order.
         steps: that will be launched of a case, at the most, before it is restarted.
-        tuning: one of the examples' TUNINGS.
+        options: Inductor's, for our model on a GPU.
     """
 
     model: Decoder
     cases: Sequence[Case]
     steps: int
-    tuning: str
+    options: dict[str, bool | int]
 
     @property
     def device(self) -> torch.device:
@@ -270,8 +270,7 @@ class Dense:
         self.first_lens = torch.tensor(setup.first_lens(case), dtype=torch.int32, device=device)
         self.seq_lens = self.first_lens.clone()
         tokens = torch.zeros(case.batch, dtype=torch.int64, device=device)
-        options = TUNINGS[setup.tuning]
-        step = torch.compile(dense_step, fullgraph=True, dynamic=False, options=options)
+        step = torch.compile(dense_step, fullgraph=True, dynamic=False, options=setup.options)
         call = partial(step, self.model, self.caches, tokens, self.seq_lens)
         group_size = config.num_heads // config.num_kv_heads
         with fastest_sdpa(group_size, self.caches[0], self.seq_lens):
@@ -418,7 +417,7 @@ def index_put(setup: Setup) -> Paged:
 
 def paged(setup: Setup) -> Paged:
     """The loop of the examples."""
-    return Paged(setup, compile_step(setup.device, setup.tuning))
+    return Paged(setup, compile_step(setup.device, setup.options))
 
 
 def eager(setup: Setup) -> Paged:

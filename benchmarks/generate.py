@@ -17,6 +17,7 @@ same without the compiler; *dense* has the same weights, and SDPA over a padded 
 from __future__ import annotations
 
 import argparse
+import ast
 import itertools
 import json
 import sys
@@ -274,6 +275,12 @@ def print_head() -> None:
     )
 
 
+def inductor_option(text: str) -> tuple[str, bool | int]:
+    """As torch.compile takes it."""
+    name, value = text.split("=")
+    return name, ast.literal_eval(value)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -289,6 +296,14 @@ def parse_arguments() -> argparse.Namespace:
         "--contenders", choices=CONTENDERS, nargs="+", default=["paged", "dense", "transformers"]
     )
     parser.add_argument("--tuning", choices=TUNINGS, default="reductions", help="on a GPU")
+    parser.add_argument(
+        "--inductor",
+        type=inductor_option,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further options of torch.compile, as realize_opcount_threshold=8",
+    )
     parser.add_argument("--steps", type=int, default=64, help="that are timed together")
     parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no case begins")
@@ -323,7 +338,8 @@ def main() -> int:
     cases = sorted(arguments.cases, key=lambda case: (case.batch, case.context))
     cases, skipped = split_by_room(cases, model, steps)
     record = Record(machine(device), bandwidth, vars(arguments), skipped=skipped)
-    run = Run(Setup(model, cases, steps, arguments.tuning), arguments, record)
+    options = {**TUNINGS[arguments.tuning], **dict(arguments.inductor)}
+    run = Run(Setup(model, cases, steps, options), arguments, record)
     print_head()
     with torch.no_grad():
         for name in arguments.contenders if cases else ():
