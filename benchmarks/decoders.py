@@ -7,6 +7,7 @@ graph where there is a GPU. They differ in where keys and values are kept, and i
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from decode_loop import TUNINGS, DecodeLoop, Sampling, Step, compile_step, decode_step
+from decode_loop import DecodeLoop, Sampling, Step, compile_step, decode_step
 from decoder import Attention, Decoder
 from timing import cuda_graph, median_ms, seconds_of
 from torch import Tensor, nn
@@ -66,13 +67,13 @@ class Setup:
         model: the weights.
         cases: all that will be started, in this order.
         steps: that will be launched of a case, at the most, before it is restarted.
-        tuning: one of the examples' TUNINGS.
+        options: Inductor's, for our model on a GPU.
     """
 
     model: Decoder
     cases: Sequence[Case]
     steps: int
-    tuning: str
+    options: dict[str, bool | int]
 
     @property
     def device(self) -> torch.device:
@@ -174,6 +175,14 @@ class Paged:
         self.last = chunk
 
 
+def forget(device: torch.device) -> None:
+    """Give up what was compiled and captured, and the memory that nothing refers to."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def allocated_bytes(device: torch.device) -> int:
     """By tensors on a GPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -251,9 +260,9 @@ class Dense:
     def start(self, case: Case) -> None:
         """A cache, a compilation and a capture for each case: shapes are static."""
         setup, config, device = self.setup, self.setup.model.config, self.setup.device
-        torch._dynamo.reset()
         self.call: Callable[[], object] | None = None
         self.caches.clear()
+        forget(device)
         shape = (2, case.batch, config.num_kv_heads, setup.padded_len(case), config.head_size)
         for _ in range(config.num_layers):
             self.caches.append(torch.empty(shape, dtype=setup.dtype, device=device).normal_())
@@ -261,8 +270,7 @@ class Dense:
         self.first_lens = torch.tensor(setup.first_lens(case), dtype=torch.int32, device=device)
         self.seq_lens = self.first_lens.clone()
         tokens = torch.zeros(case.batch, dtype=torch.int64, device=device)
-        options = TUNINGS[setup.tuning]
-        step = torch.compile(dense_step, fullgraph=True, dynamic=False, options=options)
+        step = torch.compile(dense_step, fullgraph=True, dynamic=False, options=setup.options)
         call = partial(step, self.model, self.caches, tokens, self.seq_lens)
         group_size = config.num_heads // config.num_kv_heads
         with fastest_sdpa(group_size, self.caches[0], self.seq_lens):
@@ -324,8 +332,8 @@ class Hub:
         from transformers import StaticCache
 
         setup, config, device = self.setup, self.setup.model.config, self.setup.device
-        torch._dynamo.reset()
         self.cache: StaticCache | None = None
+        forget(device)
         longest = setup.padded_len(case)
         cache = StaticCache(config=self.model.config, max_cache_len=longest)
         cache.early_initialization(
@@ -409,7 +417,7 @@ def index_put(setup: Setup) -> Paged:
 
 def paged(setup: Setup) -> Paged:
     """The loop of the examples."""
-    return Paged(setup, compile_step(setup.device, setup.tuning))
+    return Paged(setup, compile_step(setup.device, setup.options))
 
 
 def eager(setup: Setup) -> Paged:

@@ -17,7 +17,7 @@ same without the compiler; *dense* has the same weights, and SDPA over a padded 
 from __future__ import annotations
 
 import argparse
-import gc
+import ast
 import itertools
 import json
 import sys
@@ -36,7 +36,7 @@ from timing import interleaved, synchronize
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from decode_loop import TUNINGS
 from decoder import Decoder
-from decoders import CHUNK, CONTENDERS, Case, Contender, Setup
+from decoders import CHUNK, CONTENDERS, Case, Contender, Setup, forget
 from generate import DTYPES, load_model
 from generation_chart import write_png
 from kernel_profile import profile
@@ -177,7 +177,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     compiled = counters["stats"]["unique_graphs"]
     seconds = seconds_per_step(contender, device, setup.steps - CHUNK, rounds)
-    own_weights = sum(each.nbytes for each in setup.model.parameters())
+    model_bytes = sum(each.nbytes for each in setup.model.parameters())
     read = weight_bytes(setup.model) + sum(case.seq_lens) * token_bytes(setup.model)
     return Row(
         case=str(case),
@@ -186,7 +186,7 @@ def measure(
         tokens_per_second=case.batch / seconds,
         share=read / bandwidth / seconds,
         own_gb=contender.own_bytes / 1e9,
-        other_gb=max(reserved_bytes(device) - own_weights - contender.own_bytes, 0) / 1e9,
+        other_gb=max(reserved_bytes(device) - model_bytes - contender.own_bytes, 0) / 1e9,
         prepare_seconds=prepare_seconds,
         compiled=compiled,
         captured=contender.captures - captures,
@@ -198,14 +198,6 @@ def measure(
 def reserved_bytes(device: torch.device) -> int:
     """The most that was held since the count began; captured graphs hold what they work in."""
     return torch.cuda.max_memory_reserved() if device.type == "cuda" else 0
-
-
-def free_memory(device: torch.device) -> None:
-    """Forget what the contender before has compiled, captured and allocated."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 class Run:
@@ -283,6 +275,12 @@ def print_head() -> None:
     )
 
 
+def inductor_option(text: str) -> tuple[str, bool | int]:
+    """As torch.compile takes it."""
+    name, value = text.split("=")
+    return name, ast.literal_eval(value)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -298,6 +296,14 @@ def parse_arguments() -> argparse.Namespace:
         "--contenders", choices=CONTENDERS, nargs="+", default=["paged", "dense", "transformers"]
     )
     parser.add_argument("--tuning", choices=TUNINGS, default="reductions", help="on a GPU")
+    parser.add_argument(
+        "--inductor",
+        type=inductor_option,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="further options of torch.compile, as realize_opcount_threshold=8",
+    )
     parser.add_argument("--steps", type=int, default=64, help="that are timed together")
     parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no case begins")
@@ -325,19 +331,20 @@ def main() -> int:
     device = torch.device(arguments.device)
     bandwidth = read_bandwidth(device)
     print(f"the fastest read: {bandwidth / 1e12:.3f} TB/s", flush=True)
-    free_memory(device)
+    forget(device)
     model = load_model(arguments.model, DTYPES[arguments.dtype], device).model
     steps = -(-arguments.steps // CHUNK) * CHUNK + CHUNK
     # Few sequences first: memory is counted up to its peak.
     cases = sorted(arguments.cases, key=lambda case: (case.batch, case.context))
     cases, skipped = split_by_room(cases, model, steps)
     record = Record(machine(device), bandwidth, vars(arguments), skipped=skipped)
-    run = Run(Setup(model, cases, steps, arguments.tuning), arguments, record)
+    options = {**TUNINGS[arguments.tuning], **dict(arguments.inductor)}
+    run = Run(Setup(model, cases, steps, options), arguments, record)
     print_head()
     with torch.no_grad():
         for name in arguments.contenders if cases else ():
             run.contend(name)
-            free_memory(device)
+            forget(device)
     print_head()
     print_table(
         sorted(record.rows, key=lambda row: list(map(str, cases)).index(row.case)), record.rows

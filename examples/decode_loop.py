@@ -121,17 +121,22 @@ Step = Callable[[Decoder, list[Tensor], State, Sampling], None]
 # What Inductor does with matrix products on a GPU. Of one row they are bound by reading weights,
 # which generated reductions do faster than a library's products; "autotune" also tries generated
 # products of several rows, and takes minutes.
-TUNINGS: dict[str, dict[str, bool]] = {
+TUNINGS: dict[str, dict[str, bool | int]] = {
     "library": {},
     "reductions": {"coordinate_descent_tuning": True},
     "autotune": {"coordinate_descent_tuning": True, "max_autotune": True},
 }
 
 
-def compile_step(device: torch.device, tuning: str = "reductions") -> Step:
-    """decode_step for this device: compiled for one row, and once for all other numbers of rows."""
+def compile_step(
+    device: torch.device, options: dict[str, bool | int] = TUNINGS["reductions"]
+) -> Step:
+    """decode_step for this device: compiled for one row, and once for all other numbers of rows.
+
+    The options are Inductor's, for a GPU.
+    """
     if device.type == "cuda":
-        return torch.compile(decode_step, fullgraph=True, options=TUNINGS[tuning])
+        return torch.compile(decode_step, fullgraph=True, options=options)
     # Frozen weights are repacked for the matrix kernels: a step reads them at twice the speed. A
     # patch, and no option of torch.compile, because Dynamo has to know of it while it traces.
     freeze = torch._inductor.config.patch(freezing=True)

@@ -332,7 +332,7 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint,
         tokens,
         manager,
-        compile_step(device, arguments.tuning) if arguments.compile else decode_step,
+        compile_step(device, TUNINGS[arguments.tuning]) if arguments.compile else decode_step,
         max_new_tokens=arguments.max_new_tokens,
         sampling=Sampling(
             arguments.temperature,
