@@ -30,7 +30,7 @@ namespace paged_ops::cuda {
 // Fetches a warp's keys and values: 16 bytes by each lane, kRowThreads lanes to a row.
 template <typename Cache, int kHeadSize>
 class TileLoader {
-  using Shape = DecodeShape<sizeof(Cache), kHeadSize>;
+  using Shape = DecodeTile<sizeof(Cache), kHeadSize>;
   using Places = Swizzle<Shape::kChunks>;
 
  public:
@@ -117,7 +117,7 @@ __device__ inline void wait_for_oldest(int num_stages) {
 // are kTiles times 8 columns.
 template <typename Cache, int kHeadSize, int kTiles>
 struct DecodeRows {
-  using Shape = DecodeShape<sizeof(Cache), kHeadSize>;
+  using Shape = DecodeTile<sizeof(Cache), kHeadSize>;
   static constexpr int kSteps = kHeadSize / 16;
 
   KeyRange seen_by_all;  // keys that no row has masked
@@ -234,24 +234,24 @@ struct DecodeRows {
   }
 };
 
-template <typename Cache, int kHeadSize>
+template <typename Cache, int kWarps>
 struct DecodeMemory {
-  using Tiles = Agenda<Cache, DecodeShape<sizeof(Cache), kHeadSize>::kThreads>;
+  using Tiles = Agenda<Cache, kWarps * kWarpSize>;
   typename Tiles::Memory tiles;
-  RowBlock blocks[DecodeShape<sizeof(Cache), kHeadSize>::kWarps];
+  RowBlock blocks[kWarps];
   Share share;
   CutSequences cut;
 };
 
-template <typename Cache, int kHeadSize, int kTiles>
-__global__ void __launch_bounds__(DecodeShape<sizeof(Cache), kHeadSize>::kThreads,
-                                  DecodeShape<sizeof(Cache), kHeadSize>::kCtasPerMultiprocessor)
+template <typename Cache, int kHeadSize, int kTiles, int kWarps>
+__global__ void __launch_bounds__(
+    kWarps* kWarpSize, DecodeShape<sizeof(Cache), kHeadSize, kWarps>::kCtasPerMultiprocessor)
     decode_kernel(const __grid_constant__ AttentionParams params,
                   const __grid_constant__ DecodePlan plan,
                   const __grid_constant__ PieceStore store) {
-  using Shape = DecodeShape<sizeof(Cache), kHeadSize>;
-  using Tiles = typename DecodeMemory<Cache, kHeadSize>::Tiles;
-  __shared__ DecodeMemory<Cache, kHeadSize> shared;
+  using Shape = DecodeShape<sizeof(Cache), kHeadSize, kWarps>;
+  using Memory = DecodeMemory<Cache, kWarps>;
+  __shared__ Memory shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int head = warp & (plan.heads - 1), part = warp >> plan.heads_log2;
   const CtaRows cta = CtaRows::of(plan, static_cast<int>(blockIdx.x) % plan.num_columns);
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(DecodeShape<sizeof(Cache), kHeadSize>::kThread
 
   unsigned char* const memory = dynamic_shared_memory();
   const SharedAddress rows_of_warp = shared_address(memory) + warp * Shape::kWarpBytes;
-  Tiles tiles(params, plan, share, shared.tiles);
+  typename Memory::Tiles tiles(params, plan, share, shared.tiles);
   const TileLoader<Cache, kHeadSize> loader(params, cta.first_head + head, part, lane);
   DecodeRows<Cache, kHeadSize, kTiles> rows;
   RowBlock& block = shared.blocks[warp];
@@ -316,32 +316,42 @@ __global__ void __launch_bounds__(DecodeShape<sizeof(Cache), kHeadSize>::kThread
   }
 }
 
-// The kernel for up to 8 * kTiles query rows of a KV head.
+// The kernels for one cache type and head size.
 template <typename Cache, int kHeadSize>
 struct Decode {
-  using Shape = DecodeShape<sizeof(Cache), kHeadSize>;
+  static constexpr int kLarge = kWarpsOfLarge<sizeof(Cache), kHeadSize>;
+  static constexpr int kMaxTiles = DecodeTile<sizeof(Cache), kHeadSize>::kMaxTiles;
 
   static DecodePlan plan(const AttentionParams& params, const DeviceLimits& limits) {
-    constexpr int kStaticBytes = sizeof(DecodeMemory<Cache, kHeadSize>) + 128;
-    return plan_decode<Shape>(params, limits, kStaticBytes);
+    const DecodePlan plan = plan_for<kLarge>(params, limits);
+    return plan.stages >= 2 ? plan : plan_for<kWarpsOfSmall>(params, limits);
   }
 
   static void launch(const AttentionParams& params, const DecodePlan& plan, const PieceStore& store,
                      cudaStream_t stream) {
-    if constexpr (Shape::kMaxTiles == 2) {
-      if (plan.tiles == 2) return launch_for<2>(params, plan, store, stream);
+    const bool large = plan.warps == kLarge;
+    if constexpr (kMaxTiles == 2) {
+      if (plan.tiles == 2)
+        return (large ? run<2, kLarge> : run<2, kWarpsOfSmall>)(params, plan, store, stream);
     }
-    launch_for<1>(params, plan, store, stream);
+    (large ? run<1, kLarge> : run<1, kWarpsOfSmall>)(params, plan, store, stream);
   }
 
  private:
-  template <int kTiles>
-  static void launch_for(const AttentionParams& params, const DecodePlan& plan,
-                         const PieceStore& store, cudaStream_t stream) {
+  template <int kWarps>
+  static DecodePlan plan_for(const AttentionParams& params, const DeviceLimits& limits) {
+    constexpr int kStaticBytes = sizeof(DecodeMemory<Cache, kWarps>) + 128;
+    return plan_decode<DecodeShape<sizeof(Cache), kHeadSize, kWarps>>(params, limits, kStaticBytes);
+  }
+
+  template <int kTiles, int kWarps>
+  static void run(const AttentionParams& params, const DecodePlan& plan, const PieceStore& store,
+                  cudaStream_t stream) {
+    using Shape = DecodeShape<sizeof(Cache), kHeadSize, kWarps>;
     const Grid grid{static_cast<int64_t>(plan.num_shares) * plan.num_columns};
-    cuda::launch<decode_kernel<Cache, kHeadSize, kTiles>>(params.op, grid, Shape::kThreads,
-                                                          plan.stages * Shape::kStageBytes, stream,
-                                                          params, plan, store);
+    cuda::launch<decode_kernel<Cache, kHeadSize, kTiles, kWarps>>(params.op, grid, Shape::kThreads,
+                                                                  plan.stages * Shape::kStageBytes,
+                                                                  stream, params, plan, store);
   }
 };
 

@@ -24,30 +24,43 @@ struct DeviceLimits {
   int shared_per_cta;
 };
 
-// Sizes of the decode kernel for a cache with elements of kElementBytes and head sizes up to
-// kHeadSize.
+// What one warp of the decode kernel computes at once, for a cache with elements of kElementBytes
+// and head sizes up to kHeadSize.
 template <int kElementBytes, int kHeadSize>
-struct DecodeShape {
+struct DecodeTile {
   static constexpr int kRowBytes = kHeadSize * kElementBytes;
   static constexpr int kChunks = kRowBytes / 16;
-  static constexpr int kKeys = kRowBytes >= 192 && kElementBytes == 2 ? 16 : 32;  // of a warp
-  static constexpr int kHalfBytes = kKeys * kRowBytes;  // a warp's keys, then its values
+  static constexpr int kKeys = kRowBytes >= 192 && kElementBytes == 2 ? 16 : 32;
+  static constexpr int kHalfBytes = kKeys * kRowBytes;  // of the keys; the values come after
   static constexpr int kWarpBytes = 2 * kHalfBytes;
-  static constexpr int kWarps = kWarpBytes <= 8 << 10 ? 8 : 4;
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kStageKeys = kWarps * kKeys;
-  static constexpr int kMaxStages = 6;
   // Threads that load one row: as many as it has chunks of 16 bytes, or some more.
   static constexpr int kRowThreads = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
   // Floats from row to row of results: the sums, the maximum, the sum of the weights, padding.
   static constexpr int kResultPitch = kHeadSize + 4;
-  // Of 8 query rows that a warp computes at once: its registers have no room for more.
+  // Of 8 query rows: registers have no room for more.
   static constexpr int kMaxTiles = kHeadSize <= 128 ? 2 : 1;
-  // About 32 KB: room for the warps' keys and values, or for their results.
-  static constexpr int kStageBytes =
-      kWarps * std::max(kWarpBytes, 8 * kMaxTiles * kResultPitch * static_cast<int>(sizeof(float)));
+};
+
+// What a CTA of kNumWarps warps computes at once.
+template <int kElementBytes, int kHeadSize, int kNumWarps>
+struct DecodeShape : DecodeTile<kElementBytes, kHeadSize> {
+  using Tile = DecodeTile<kElementBytes, kHeadSize>;
+  static constexpr int kWarps = kNumWarps;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kStageKeys = kWarps * Tile::kKeys;
+  static constexpr int kMaxStages = 6;
+  static constexpr int kResultBytes = 8 * Tile::kMaxTiles * Tile::kResultPitch * 4;
+  // Room for the warps' keys and values, or for their results.
+  static constexpr int kStageBytes = kWarps * std::max(Tile::kWarpBytes, kResultBytes);
   static constexpr int kCtasPerMultiprocessor = 3 * kStageBytes <= 111 << 10 ? 2 : 1;
 };
+
+// Warps of a CTA: with eight of them it reads whole tokens of eight KV heads. Two are for devices
+// that have less than half of the shared memory (compute capability 8.6, 8.9, 12.0).
+template <int kElementBytes, int kHeadSize>
+inline constexpr int kWarpsOfLarge =
+    DecodeTile<kElementBytes, kHeadSize>::kWarpBytes <= 8 << 10 ? 8 : 4;
+inline constexpr int kWarpsOfSmall = 2;
 
 // What the decode kernel is told beside the params.
 struct DecodePlan {
@@ -61,6 +74,7 @@ struct DecodePlan {
   int32_t tiles;         // of 8 query rows
   int32_t row_chunks;    // CTAs that share the query rows of a group: 1 unless they are too many
   int32_t rows_per_cta;  // at most
+  int32_t warps;
   int32_t stages;
   int32_t block_size_log2;  // -1: not a power of two
   int32_t group_size;
@@ -70,7 +84,8 @@ struct DecodePlan {
   bool batch_invariant;
 };
 
-// CTAs that run at once on a multiprocessor, and the stages that each has.
+// CTAs that run at once on a multiprocessor, and the stages that each has: 2 at least, or the CTA
+// does not fit.
 struct Residency {
   int ctas;
   int stages;
@@ -84,7 +99,7 @@ Residency residency(const DeviceLimits& limits, int static_bytes) {
         std::min(limits.shared_per_multiprocessor / ctas - kReserved, limits.shared_per_cta) -
         static_bytes;
     const int stages = std::min(room / Shape::kStageBytes, Shape::kMaxStages);
-    if (stages >= 3 || ctas == 1) return {ctas, std::max(stages, 2)};
+    if (stages >= 3 || ctas == 1) return {ctas, stages};
   }
 }
 
@@ -128,6 +143,7 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
   plan.rows_per_cta = std::min(plan.max_query_len * group_size, rows);
   plan.num_columns = params.num_kv_heads / plan.heads * plan.row_chunks;
   const Residency resident = residency<Shape>(limits, static_bytes);
+  plan.warps = Shape::kWarps;
   plan.stages = resident.stages;
   plan.num_shares = std::max(limits.multiprocessors * resident.ctas / plan.num_columns, 1);
   plan.num_shares_inverse = UINT32_MAX / static_cast<uint32_t>(plan.num_shares);

@@ -1,5 +1,6 @@
 // The emulated CUDA kernels in the place of the CPU backend.
 #include <cmath>
+#include <cstdlib>
 #include <vector>
 
 #include "cuda/kernels.h"
@@ -9,12 +10,17 @@
 namespace paged_ops::cuda {
 namespace {
 
+// A small device, so that sequences are cut. EMULATED_SHARED_MEMORY: of a CTA, in KB.
+DeviceLimits limits() {
+  const char* const given = std::getenv("EMULATED_SHARED_MEMORY");
+  const int kilobytes = given == nullptr ? 227 : std::atoi(given);
+  return {3, (kilobytes + 1) << 10, kilobytes << 10};
+}
+
 struct Emulated {
   static void run(const AttentionParams& params, const Tensor&) {
-    // A small device, so that sequences are cut.
-    constexpr DeviceLimits kLimits{3, 228 << 10, 227 << 10};
     check_values(params, nullptr);
-    const AttentionPlan plan = plan_attention(params, kLimits);
+    const AttentionPlan plan = plan_attention(params, limits());
     std::vector<float> memory(plan.scratch_bytes / sizeof(float) + 4, NAN);
     std::vector<unsigned> counters(plan.num_counters());
     run_attention(params, plan, {memory.data(), counters.data()}, nullptr);
