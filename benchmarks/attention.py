@@ -69,7 +69,7 @@ def attention_contenders(
     calls: Contenders = {}
     results: Results = {}
     for peer in [Peer(OURS, ours), *peers]:
-        results[peer.name] = row = Result(paged=peer.paged)
+        results[peer.name] = row = Result(compared=peer.compared)
         try:
             calls[peer.name], row.error = checked(peer.prepare, batches)
         except Exception as error:  # whatever a peer raises, the others are measured

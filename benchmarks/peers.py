@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.attention.bias
 from cases import FLOAT8, Batch, Rows
 from torch import Tensor
 
@@ -33,8 +34,8 @@ class Peer:
 
     name: str
     prepare: Callable[[Batch], Attend]
-    paged: bool = True
-    """Whether it reads a cache of blocks; one that does not is shown, not compared with."""
+    compared: bool = True
+    """False: only shown. It reads no cache of blocks, or it is this project's."""
 
 
 def require(condition: bool, reason: str) -> None:
@@ -45,12 +46,16 @@ def require(condition: bool, reason: str) -> None:
 # ---- this project ----
 
 
-def ours(batch: Batch) -> Attend:
+def ours(batch: Batch, *, batch_invariant: bool = False) -> Attend:
     attend = torch.ops.paged.attention_out.default
     start = None if batch.case.decode else batch.query_start_loc
 
     def call() -> Tensor:
-        attend(batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, start, out=batch.out)
+        attend(
+            *(batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, start),
+            batch_invariant=batch_invariant,
+            out=batch.out,
+        )
         return batch.out
 
     return call
@@ -332,9 +337,13 @@ def flex_attention(batch: Batch) -> Attend:
     return lambda: rows_of([compiled(query, key, value, block_mask=mask, enable_gqa=grouped)])
 
 
-FLEX = Peer("FlexAttention dense", flex_attention, paged=False)
-SDPA = Peer("SDPA dense", sdpa_dense, paged=False)
+FLEX = Peer("FlexAttention dense", flex_attention, compared=False)
+SDPA = Peer("SDPA dense", sdpa_dense, compared=False)
+BATCH_INVARIANT = Peer(
+    "paged_ops batch-invariant", functools.partial(ours, batch_invariant=True), compared=False
+)
 CUDA_PEERS = [
+    BATCH_INVARIANT,
     Peer("FlashAttention-3", flash_attention_3),
     Peer("FlashAttention-3 planned", functools.partial(flash_attention_3, planned=True)),
     Peer("FlashInfer tensor cores", functools.partial(flashinfer_decode, tensor_cores=True)),

@@ -26,7 +26,7 @@ class Result:
     us: float = math.nan
     error: float = math.nan
     failure: str = ""
-    paged: bool = True
+    compared: bool = True
 
     @property
     def timed(self) -> bool:
@@ -50,7 +50,7 @@ class Table:
         peers = {
             name: result.us
             for name, result in self.results.items()
-            if name != OURS and result.timed and result.paged
+            if name != OURS and result.timed and result.compared
         }
         return min(peers, key=peers.__getitem__, default=None)
 
