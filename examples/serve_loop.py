@@ -22,21 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from decoder import Config, Decoder
+from decoder import Decoder
+from random_models import SHAPES
 
 from paged_ops import OutOfBlocks, PagedAttentionManager
 from paged_ops.manager import Batch
-
-TINY = Config(
-    vocab_size=512,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=16,
-    max_positions=4096,
-)
 
 
 @dataclass(eq=False)
@@ -254,7 +244,7 @@ class Server:
 
 def random_model(device: torch.device, dtype: torch.dtype) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(TINY).to(device, dtype).requires_grad_(False)
+    return Decoder(SHAPES["tiny"]).to(device, dtype).requires_grad_(False)
 
 
 def random_requests(arguments: argparse.Namespace, vocab_size: int) -> list[Request]:

@@ -15,10 +15,9 @@ from decode_loop import Sampling, compile_step, decode_step, keep_nucleus
 from decoder import Config, Decoder, rope_frequencies
 from generate import generate, main, make_manager
 from load import Checkpoint, CheckpointError, find_default, load, read_config
+from managers import manager_for
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-from paged_ops import PagedAttentionManager
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -48,22 +47,6 @@ def hub_smollm() -> LlamaForCausalLM:
     )
     model.generation_config.eos_token_id = None
     return model
-
-
-def manager_for(model: Decoder, num_sequences: int, num_blocks: int = 64) -> PagedAttentionManager:
-    config = model.config
-    dtype = model.embedding.weight.dtype
-    return PagedAttentionManager(
-        num_sequences,
-        config.num_kv_heads,
-        config.head_size,
-        16,
-        num_blocks,
-        "cpu",
-        dtype,
-        config.num_layers,
-        max_seq_len=num_blocks * 16,
-    )
 
 
 def run(checkpoint: Checkpoint, prompts: list[list[int]], step=decode_step, **options):

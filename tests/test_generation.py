@@ -17,6 +17,7 @@ from decode_loop import DecodeLoop, Sampling, compile_step, decode_step, mark_ro
 from decoder import Decoder
 from generate import generate, main
 from load import Checkpoint, CheckpointError, load
+from managers import manager_for
 from random_models import SHAPES, random_checkpoint
 from torch._dynamo.utils import counters
 
@@ -42,21 +43,6 @@ def tiny() -> Checkpoint:
 
 def on(device: torch.device, checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model).to(device))
-
-
-def manager_for(model: Decoder, num_sequences: int, num_blocks: int = 64) -> PagedAttentionManager:
-    config, weight = model.config, model.embedding.weight
-    return PagedAttentionManager(
-        num_sequences,
-        config.num_kv_heads,
-        config.head_size,
-        16,
-        num_blocks,
-        weight.device,
-        weight.dtype,
-        config.num_layers,
-        max_seq_len=num_blocks * 16,
-    )
 
 
 def texts_of(checkpoint: Checkpoint, prompts: list[list[int]], step=decode_step, **options):
