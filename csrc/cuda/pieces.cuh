@@ -100,9 +100,7 @@ struct PieceEnd {
     add_up(piece.count == 1 ? nullptr : store.rows_of(plan, piece.slot(piece.index)), tile.span,
            results, parts, 0, num_rows);
     if (piece.count == 1) return;
-    if (threadIdx.x == 0) cut.cut[cut.count] = {piece, tile.span, false};
-    __syncthreads();
-    if (threadIdx.x == 0) ++cut.count;
+    if (threadIdx.x == 0) cut.cut[cut.count++] = {piece, tile.span, false};
     __syncthreads();
   }
 

@@ -92,10 +92,6 @@ inline unsigned atomicAdd(unsigned* address, unsigned x) {
   *address += x;
   return before;
 }
-template <typename Vector>
-Vector __ldcg(const Vector* address) {
-  return *address;
-}
 inline uint32_t __umulhi(uint32_t x, uint32_t y) {
   return static_cast<uint32_t>(static_cast<uint64_t>(x) * y >> 32);
 }
