@@ -39,56 +39,50 @@ struct ColumnScores {
   }
 
  private:
-  // Calls run(score, key) for the scores of one query.
-  template <int kKeys, typename Run>
-  __device__ static void for_each_key(float (&scores)[kKeys / 16][4], int i, int32_t first_key,
-                                      int lane, Run&& run) {
+  // Calls begin(row) for each of the lane's queries, and what it gives, run(score, key), for the
+  // scores of that query.
+  template <int kKeys, typename Begin>
+  __device__ static void for_each_query(const AttentionParams& params, const RowBlock& block,
+                                        float (&scores)[kTiles][kKeys / 16][4], int32_t first_key,
+                                        int lane, Begin&& begin) {
 #pragma unroll
-    for (int m = 0; m < kKeys / 16; ++m) {
+    for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        run(scores[m][2 * half + i], first_key + m * 16 + key_of(lane, half));
+      for (int i = 0; i < 2; ++i) {
+        const int row = tile * kColumns + query_of(lane, i);
+        const auto run = begin(place_of(params, block, min(row, block.num_rows - 1)));
+#pragma unroll
+        for (int m = 0; m < kKeys / 16; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            run(scores[tile][m][2 * half + i], first_key + m * 16 + key_of(lane, half));
+          }
+        }
       }
     }
-  }
-
-  __device__ static RowPlace place(const AttentionParams& params, const RowBlock& block, int tile,
-                                   int i, int lane) {
-    const int row = tile * kColumns + query_of(lane, i);
-    return place_of(params, block, min(row, block.num_rows - 1));
   }
 
   template <int kKeys>
   __device__ void bend(const AttentionParams& params, const RowBlock& block,
                        float (&scores)[kTiles][kKeys / 16][4], int32_t first_key, int lane) const {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const RowPlace row = place(params, block, tile, i, lane);
-        Scores of_row = Scores::of_head(params, row.head, block.kv_head);
-        of_row.scale = 1.0f;  // applied before
-        for_each_key<kKeys>(scores[tile], i, first_key, lane, [&](float& score, int32_t key) {
-          score = of_row.logit(score, row.position - key);
-        });
-      }
-    }
+    for_each_query<kKeys>(params, block, scores, first_key, lane, [&](const RowPlace& row) {
+      Scores of_row = Scores::of_head(params, row.head, block.kv_head);
+      of_row.scale = 1.0f;  // applied before
+      return [of_row, position = row.position](float& score, int32_t key) {
+        score = of_row.logit(score, position - key);
+      };
+    });
   }
 
   template <int kKeys>
   __device__ void mask(const AttentionParams& params, const RowBlock& block,
                        float (&scores)[kTiles][kKeys / 16][4], int32_t first_key, int lane) const {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const RowPlace row = place(params, block, tile, i, lane);
-        const KeyRange range = visible_keys(params, block.seq_len, row.position);
-        for_each_key<kKeys>(scores[tile], i, first_key, lane, [&](float& score, int32_t key) {
-          if (key < range.begin || key >= range.end) score = -INFINITY;
-        });
-      }
-    }
+    for_each_query<kKeys>(params, block, scores, first_key, lane, [&](const RowPlace& row) {
+      const KeyRange range = visible_keys(params, block.seq_len, row.position);
+      return [range](float& score, int32_t key) {
+        if (key < range.begin || key >= range.end) score = -INFINITY;
+      };
+    });
   }
 };
 

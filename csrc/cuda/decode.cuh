@@ -1,8 +1,8 @@
 // Attention of a few query rows per sequence at the speed at which keys and values can be read.
 //
-// A CTA of four warps takes an even share of the keys of the batch (schedule.cuh) for up to four KV
-// heads: each warp owns one head, or, where there are fewer, a part of each tile's keys. The CTAs
-// of one share, one for each group of heads, run side by side, so that rows of the cache which are
+// A CTA takes an even share of the keys of the batch (schedule.cuh) for as many KV heads as it has
+// warps: each warp owns one head, or, where there are fewer, a part of each tile's keys. The CTAs of
+// one share, one for each group of heads, run side by side, so that rows of the cache which are
 // neighbours in memory are read at about the same time.
 //
 // Tiles are fetched some tiles ahead into a ring of stages; each warp fetches what it uses itself.
@@ -91,11 +91,6 @@ class TileLoader {
   const char* key_;
   const char* value_;
 };
-
-// The power of two at or below x, of 0 and of what is not a number that of 1.
-__device__ inline int exponent_of(float x) {
-  return x >= 0x1p-100f && x <= 0x1p+127f ? ilogbf(x) : 0;
-}
 
 // Waits until at most num_stages - 1 groups of copies are on their way.
 __device__ inline void wait_for_oldest(int num_stages) {

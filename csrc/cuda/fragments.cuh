@@ -48,6 +48,11 @@ __device__ inline uint32_t widen_float8(uint32_t pair) {
   return static_cast<uint32_t>(wide.x) | static_cast<uint32_t>(wide.y) << 16;
 }
 
+// The power of two at or below x, of 0 and of what is not a number that of 1.
+__device__ inline int exponent_of(float x) {
+  return x >= 0x1p-100f && x <= 0x1p+127f ? ilogbf(x) : 0;
+}
+
 // Where 16 keys or values begin in shared memory, rows `pitch` bytes apart. `lane_row` is the
 // lane's part of the address, the rest is known when the code is compiled.
 template <typename Cache>

@@ -207,8 +207,7 @@ __device__ void load_query(const AttentionParams& params, const Divisor& group_s
 
 // The power of two that brings `largest` near 2^8; that of 1 for 0 and for what is not a number.
 __device__ inline float scale_to_float16(float largest) {
-  const bool usual = largest >= 0x1p-100f && largest <= 0x1p+127f;
-  return exp2f(static_cast<float>(8 - (usual ? ilogbf(largest) : 0)));
+  return exp2f(static_cast<float>(8 - exponent_of(largest)));
 }
 
 // A warp's query rows as float16, for a float8 cache: each multiplied by a power of two, so that
