@@ -58,9 +58,9 @@ __device__ inline int32_t fan_in(const Piece& piece, int32_t num_rows) {
 // True for the last of `count` callers. What all threads of their CTAs have written before a
 // barrier before is there to be read after a barrier after.
 __device__ inline bool last_to_arrive(unsigned* arrived, int count) {
+  const auto others = static_cast<unsigned>(count - 1);
   __threadfence();
-  const bool last = atomicAdd(arrived, 1u) + 1 == static_cast<unsigned>(count);
-  if (last) *arrived = 0;  // as it was found
+  const bool last = atomicInc(arrived, others) == others;  // which leaves it at 0
   __threadfence();
   return last;
 }
@@ -176,8 +176,7 @@ struct PieceEnd {
 #pragma unroll 1
         for (int part = kept + warp; part < parts; part += warps) {
           const int32_t slot = sequence.piece.slot(piece + (part - kept) * step);
-          const float* const from =
-              store.rows_of(plan, slot) + static_cast<int64_t>(row) * plan.result_pitch;
+          const float* const from = store.rows_of(plan, slot) + row * plan.result_pitch;
           const SharedAddress at = shared_address(room + part * stride);
 #pragma unroll 4
           for (int i = lane * 4; i < stride; i += kWarpSize * 4) {

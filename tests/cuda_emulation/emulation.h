@@ -87,9 +87,9 @@ inline bool __any_sync(unsigned mask, bool x) {
   return false;
 }
 inline void __threadfence() {}
-inline unsigned atomicAdd(unsigned* address, unsigned x) {
+inline unsigned atomicInc(unsigned* address, unsigned most) {
   const unsigned before = *address;
-  *address += x;
+  *address = before >= most ? 0 : before + 1;
   return before;
 }
 inline uint32_t __umulhi(uint32_t x, uint32_t y) {
@@ -112,6 +112,7 @@ inline long min(long a, long b) { return a < b ? a : b; }
 
 #define cudaGetDevice(...) cudaSuccess
 #define cudaFuncSetAttribute(...) cudaSuccess
+#define cudaFuncGetAttributes(...) cudaSuccess
 #define cudaLaunchKernelEx emulation::launch
 #define cudaGetLastError() ((void)0)
 #define cudaGetErrorString(error) "a thread trapped"
