@@ -15,7 +15,6 @@ namespace paged_ops::cuda {
 
 inline constexpr int kMaxChunks = 16;  // pieces of a sequence in the batch-invariant mode
 inline constexpr int kMinChunkTokens = 1024;
-inline constexpr int kMinTilesPerShare = 2;  // fewer do not pay for being put together
 
 // What the device has room for.
 struct DeviceLimits {

@@ -80,8 +80,7 @@ struct Shares {
       ++shares.size;
       shares.larger -= count;
     }
-    const uint32_t least = plan.batch_invariant ? 1 : kMinTilesPerShare;
-    return shares.size < least ? Shares{total, count, least, 0} : shares;
+    return shares.size == 0 ? Shares{total, count, 1, 0} : shares;
   }
 
   __device__ uint32_t begin_of(uint32_t share) const {
