@@ -10,6 +10,7 @@
 #include "element.cuh"
 #include "kernels.h"
 #include "launch.h"
+#include "ptx.cuh"
 #include "words.h"
 
 namespace paged_ops::cuda {
@@ -69,6 +70,7 @@ __device__ BlockAndOffset split(int64_t slot, int32_t block_size) {
 template <typename From, typename To>
 __global__ void __launch_bounds__(kThreads)
     write_kv_kernel(const __grid_constant__ WriteKvParams params) {
+  wait_for_previous_kernel();
   const int64_t token = blockIdx.x;
   const int64_t slot = params.slot_mapping[token];
   const auto* const key = static_cast<const From*>(params.key) + token * params.key_stride_token;
@@ -94,6 +96,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Word>
 __global__ void __launch_bounds__(kThreads)
     copy_blocks_kernel(const __grid_constant__ CopyBlocksParams params) {
+  wait_for_previous_kernel();
   const int64_t source = params.block_pairs[2 * blockIdx.x];
   const int64_t destination = params.block_pairs[2 * blockIdx.x + 1];
   Word* const cache = static_cast<Word*>(params.kv_cache);

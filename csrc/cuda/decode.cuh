@@ -1,8 +1,8 @@
 // Attention of a few query rows per sequence at the speed at which keys and values can be read.
 //
 // A CTA takes an even share of the keys of the batch (schedule.cuh) for as many KV heads as it has
-// warps: each warp owns one head, or, where there are fewer, a part of each tile's keys. The CTAs of
-// one share, one for each group of heads, run side by side, so that rows of the cache which are
+// warps: each warp owns one head, or, where there are fewer, a part of each tile's keys. The CTAs
+// of one share, one for each group of heads, run side by side, so that rows of the cache which are
 // neighbours in memory are read at about the same time.
 //
 // Tiles are fetched some tiles ahead into a ring of stages; each warp fetches what it uses itself.
@@ -21,6 +21,7 @@
 #include "heuristics.h"
 #include "launch.h"
 #include "pieces.cuh"
+#include "ptx.cuh"
 #include "query_columns.cuh"
 #include "row_output.cuh"
 #include "schedule.cuh"
@@ -246,6 +247,7 @@ __global__ void __launch_bounds__(
                   const __grid_constant__ PieceStore store) {
   using Shape = DecodeShape<sizeof(Cache), kHeadSize, kWarps>;
   using Memory = DecodeMemory<Cache, kWarps>;
+  wait_for_previous_kernel();
   __shared__ Memory shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int head = warp & (plan.heads - 1), part = warp >> plan.heads_log2;

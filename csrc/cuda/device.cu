@@ -10,7 +10,6 @@
 namespace paged_ops::cuda {
 namespace {
 
-constexpr int kMaxDevices = 64;
 constexpr size_t kArenaCounters = 1 << 20;
 
 int attribute(cudaDeviceAttr name, int device) {

@@ -9,6 +9,8 @@
 
 namespace paged_ops::cuda {
 
+inline constexpr int kMaxDevices = 64;  // of a process
+
 DeviceLimits device_limits(int device);
 
 // `count` counters of the current device that are 0 and that no kernel uses which may run at the

@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "device.h"
+
 namespace paged_ops::cuda {
 
 // CTAs along x and y.
@@ -29,19 +31,45 @@ inline void require_success(const char* op, cudaError_t error) {
                            ": CUDA error: " + cudaGetErrorString(error));
 }
 
-// Lets a kernel have so much dynamic shared memory. To ask costs as much as a launch, so it is done
-// once for a kernel, a device and the most that has been needed.
+// What the runtime is asked about a kernel or told of it: once for each device, since that takes as
+// long as a launch.
 template <auto kKernel>
-void allow_shared_memory(const char* op, int bytes) {
-  constexpr int kMaxDevices = 64;
-  static std::atomic<int> allowed[kMaxDevices];
-  int device = 0;
-  require_success(op, cudaGetDevice(&device));
-  if (device < kMaxDevices && allowed[device].load(std::memory_order_relaxed) >= bytes) return;
-  require_success(
-      op, cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  if (device < kMaxDevices) allowed[device].store(bytes, std::memory_order_relaxed);
-}
+class KernelOnDevice {
+ public:
+  static KernelOnDevice& current(const char* op) {
+    static KernelOnDevice of_device[kMaxDevices];
+    int device = 0;
+    require_success(op, cudaGetDevice(&device));
+    if (device >= kMaxDevices) throw std::runtime_error("paged_ops: too many devices");
+    return of_device[device];
+  }
+
+  // Lets the kernel have so much dynamic shared memory.
+  void allow_shared_memory(const char* op, int bytes) {
+    if (allowed_.load(std::memory_order_relaxed) >= bytes) return;
+    require_success(
+        op, cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    allowed_.store(bytes, std::memory_order_relaxed);
+  }
+
+  // True for code that waits for the previous kernel itself, see wait_for_previous_kernel: a newer
+  // device may run code that was compiled for an older one.
+  bool waits(const char* op) {
+    constexpr int kUnknown = 0, kFirstThatWaits = 90;
+    int version = ptx_version_.load(std::memory_order_relaxed);
+    if (version == kUnknown) {
+      cudaFuncAttributes attributes{};
+      require_success(op, cudaFuncGetAttributes(&attributes, kKernel));
+      version = attributes.ptxVersion;
+      ptx_version_.store(version, std::memory_order_relaxed);
+    }
+    return version >= kFirstThatWaits;
+  }
+
+ private:
+  std::atomic<int> allowed_{0};
+  std::atomic<int> ptx_version_{0};
+};
 
 // An empty grid launches nothing. `shared_bytes` is shared memory on top of what the kernel
 // declares.
@@ -58,7 +86,13 @@ void launch(const char* op, Grid grid, int threads, int shared_bytes, cudaStream
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  if (shared_bytes > 0) allow_shared_memory<kKernel>(op, shared_bytes);
+  auto& kernel = KernelOnDevice<kKernel>::current(op);
+  kernel.allow_shared_memory(op, shared_bytes);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = kernel.waits(op) ? 1 : 0;
   require_success(op, cudaLaunchKernelEx(&config, kKernel, params...));
 }
 

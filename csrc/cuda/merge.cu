@@ -5,6 +5,7 @@
 #include "element.cuh"
 #include "kernels.h"
 #include "launch.h"
+#include "ptx.cuh"
 #include "warp.cuh"
 
 namespace paged_ops::cuda {
@@ -27,6 +28,7 @@ __device__ float weighted(float out, float weight, float lse) {
 template <typename Float>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
     merge_states_kernel(const __grid_constant__ MergeStatesParams params) {
+  wait_for_previous_kernel();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t token = row / params.num_heads;

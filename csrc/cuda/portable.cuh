@@ -14,6 +14,7 @@
 #include "element.cuh"
 #include "launch.h"
 #include "paged_kv.cuh"
+#include "ptx.cuh"
 #include "scores.cuh"
 #include "sequences.cuh"
 #include "softmax.cuh"
@@ -136,6 +137,7 @@ __device__ void write_head(const AttentionParams& params, const SoftmaxState<kEl
 template <typename Cache, int kElements>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
     portable_kernel(const __grid_constant__ AttentionParams params, int32_t min_query_len) {
+  wait_for_previous_kernel();
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int64_t token = blockIdx.x;

@@ -21,6 +21,7 @@
 #include "heuristics.h"
 #include "launch.h"
 #include "prefill.h"
+#include "ptx.cuh"
 #include "row_blocks.cuh"
 #include "row_output.cuh"
 #include "row_scores.cuh"
@@ -336,6 +337,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerMultiprocessor
     prefill_kernel(const __grid_constant__ AttentionParams params,
                    const __grid_constant__ PrefillPlan plan) {
   using Fragments = SharedRows<typename Shape::Cache>;
+  wait_for_previous_kernel();
   __shared__ PrefillMemory<Shape> shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int first_row = warp * Shape::kWarpRows;

@@ -1,4 +1,5 @@
-// One wrapper for each PTX instruction that has no intrinsic. All of them are there from sm_80 on.
+// One wrapper for each PTX instruction that has no intrinsic. But for the first, all of them are
+// there from sm_80 on.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +8,18 @@
 #include <cstdint>
 
 namespace paged_ops::cuda {
+
+// The first statement of every kernel: `launch` starts it while the one before it on the stream may
+// still run. Waits until that has ended and what it wrote can be read. Devices below compute
+// capability 9.0 start kernels in order.
+//
+// None of them lets the next kernel start before it ends (griddepcontrol.launch_dependents): the
+// CTAs of that one would be placed where there is room, not evenly, and it would take longer.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // An address in shared memory, in bytes.
 using SharedAddress = uint32_t;

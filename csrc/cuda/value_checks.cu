@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "launch.h"
+#include "ptx.cuh"
 #include "value_checks.h"
 
 namespace paged_ops::cuda {
@@ -58,6 +59,7 @@ __device__ void check_lengths(const AttentionParams& params, int64_t seq, const 
 // One CTA for each sequence: one thread checks the lengths, which have to be right before the
 // others may read the row of the block table. A window lets the first blocks go unread.
 __global__ void check_attention_kernel(const __grid_constant__ AttentionParams params) {
+  wait_for_previous_kernel();
   const int64_t seq = blockIdx.x;
   const Rows rows = rows_of(params, seq);
   const int64_t seq_len = params.seq_lens[seq];
@@ -78,6 +80,7 @@ __global__ void check_attention_kernel(const __grid_constant__ AttentionParams p
 }
 
 __global__ void check_write_kv_kernel(const __grid_constant__ WriteKvParams params) {
+  wait_for_previous_kernel();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (token >= params.num_tokens) return;
   const int64_t slot = params.slot_mapping[token];
@@ -88,6 +91,7 @@ __global__ void check_write_kv_kernel(const __grid_constant__ WriteKvParams para
 }
 
 __global__ void check_copy_blocks_kernel(const __grid_constant__ CopyBlocksParams params) {
+  wait_for_previous_kernel();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= 2 * params.num_pairs) return;
   const int64_t block = params.block_pairs[index];

@@ -10,6 +10,8 @@
 
 namespace paged_ops::cuda {
 
+inline void wait_for_previous_kernel() {}
+
 using SharedAddress = uintptr_t;
 
 inline SharedAddress shared_address(const void* pointer) {
