@@ -43,11 +43,16 @@ unsigned char* dynamic_shared_memory();
 // False if a thread trapped.
 bool run(dim3 grid, dim3 cta, size_t shared_bytes, const std::function<void()>& kernel);
 
+// Whether the kernel has waited for the one before it: each has to, since it may be started early.
+inline bool waited;
+
 template <typename... Params, typename... Arguments>
 cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                    const Arguments&... arguments) {
+  waited = false;
   const bool done = run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                         [&] { kernel(arguments...); });
+  if (!waited) fail("a kernel has not waited for the one before it");
   return done ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

@@ -10,7 +10,7 @@
 
 namespace paged_ops::cuda {
 
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() { emulation::waited = true; }
 
 using SharedAddress = uintptr_t;
 
