@@ -118,13 +118,18 @@ def decode_step(model: Decoder, caches: list[Tensor], state: State, sampling: Sa
 
 Step = Callable[[Decoder, list[Tensor], State, Sampling], None]
 
-# What Inductor does with matrix products on a GPU. Of one row they are bound by reading weights,
-# which generated reductions do faster than a library's products; "autotune" also tries generated
-# products of several rows, and takes minutes.
+# What Inductor does on a GPU. What a generated matrix product takes is computed once, not by each
+# of its programs. Kernels are launched while the one before still runs (programmatic dependent
+# launch, from compute capability 9.0 on), but not where some come from templates, which do not wait
+# in every version. Products of one row are bound by reading weights, which generated reductions do
+# faster than a library's products; "autotune" also tries generated products of several rows, and
+# takes minutes.
+_ONCE: dict[str, bool | int] = {"realize_opcount_threshold": 8}
+_EARLY: dict[str, bool | int] = {"triton.enable_pdl": True}
 TUNINGS: dict[str, dict[str, bool | int]] = {
-    "library": {},
-    "reductions": {"coordinate_descent_tuning": True},
-    "autotune": {"coordinate_descent_tuning": True, "max_autotune": True},
+    "library": {**_ONCE, **_EARLY},
+    "reductions": {"coordinate_descent_tuning": True, **_ONCE, **_EARLY},
+    "autotune": {"coordinate_descent_tuning": True, "max_autotune": True, **_ONCE},
 }
 
 

@@ -13,13 +13,22 @@ from pathlib import Path
 import decode_loop
 import pytest
 import torch
-from decode_loop import DecodeLoop, Sampling, compile_step, decode_step, mark_rows, next_batch
+from decode_loop import (
+    TUNINGS,
+    DecodeLoop,
+    Sampling,
+    compile_step,
+    decode_step,
+    mark_rows,
+    next_batch,
+)
 from decoder import Decoder
 from generate import generate, main
 from load import Checkpoint, CheckpointError, load
 from managers import manager_for
 from random_models import SHAPES, random_checkpoint
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 
 from paged_ops import PagedAttentionManager
 
@@ -211,6 +220,26 @@ def test_growing_lengths_compile_and_capture_nothing(running, captures):
     assert running.manager.blocks.length(0) == 1 + 2 + 12 * 32
     assert counters["stats"]["unique_graphs"] == 1
     assert captures == {4: 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("tuning", ["library", "reductions"])
+def test_every_generated_kernel_waits_for_the_one_before_it(tiny, cuda, tuning, rows):
+    """Kernels are launched early: one that did not wait would let the next read too soon."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("kernels start in order")
+    model = on(cuda, tiny).model
+    manager = manager_for(model, rows)
+    loop = DecodeLoop(model, manager, compile_step(cuda, TUNINGS[tuning]), Sampling(), 4)
+    for seq_id in range(rows):
+        manager.add_sequence(seq_id, 20)
+    loop.begin(range(rows), torch.randn(rows, model.config.vocab_size, device=cuda))
+    with fresh_inductor_cache():
+        _, codes = run_and_get_code(lambda: loop.launch(range(rows), 2).wait())
+    kernels = [kernel for code in codes for kernel in code.split("async_compile.triton(")[1:]]
+    assert len(kernels) > 10
+    assert all("gdc_wait" in kernel for kernel in kernels)
 
 
 @pytest.mark.gpu
