@@ -36,13 +36,12 @@ bool fits_matrix_units(const AttentionParams& params) {
              2 * out_bytes;
 }
 
-void run_portable(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {
+void run_portable(const AttentionParams& params, cudaStream_t stream) {
   const int elements =
       built_for(BuiltElements{}, static_cast<int>(ceil_div(params.head_size, kWarpSize)));
   dispatch(BuiltCacheTypes{}, params.cache_dtype, "kv_cache dtype", [&](auto cache) {
-    dispatch(BuiltElements{}, elements, "elements per lane", [&](auto count) {
-      launch_portable<Element<cache()>, count()>(params, min_query_len, stream);
-    });
+    dispatch(BuiltElements{}, elements, "elements per lane",
+             [&](auto count) { launch_portable<Element<cache()>, count()>(params, stream); });
   });
 }
 
@@ -63,7 +62,7 @@ AttentionPlan plan_attention(const AttentionParams& params, const DeviceLimits& 
 
 void run_attention(const AttentionParams& params, const AttentionPlan& plan, const Scratch& scratch,
                    cudaStream_t stream) {
-  if (!plan.on_matrix_units) return run_portable(params, 0, stream);
+  if (!plan.on_matrix_units) return run_portable(params, stream);
   const PieceStore store{static_cast<float*>(scratch.memory), scratch.counters, plan.cells};
   dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype",
            [&](auto cache) { run_decode<Element<cache()>>(params, plan.decode, store, stream); });

@@ -133,17 +133,15 @@ __device__ void write_head(const AttentionParams& params, const SoftmaxState<kEl
   if (params.lse != nullptr && lane == 0) params.lse[token * params.num_heads + head] = state.lse();
 }
 
-// The rows of sequences with fewer query tokens than `min_query_len` are left to another kernel.
 template <typename Cache, int kElements>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
-    portable_kernel(const __grid_constant__ AttentionParams params, int32_t min_query_len) {
+    portable_kernel(const __grid_constant__ AttentionParams params) {
   wait_for_previous_kernel();
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int64_t token = blockIdx.x;
   const HeadRange heads = heads_of_cta(params, blockIdx.y);
   const QueryRow row = locate_row(params, token);
-  if (row.query_len < min_query_len) return;
   const KeyRange visible = visible_keys(params, row.seq_len, row.position);
   const auto kv = PagedKv<Cache>::of_head(params, row.seq, heads.kv_head);
 
@@ -186,11 +184,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 }
 
 template <typename Cache, int kElements>
-void launch_portable(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {
+void launch_portable(const AttentionParams& params, cudaStream_t stream) {
   const int64_t ctas_per_group = ceil_div(params.group_size(), kHeads);
   launch<portable_kernel<Cache, kElements>>(
       params.op, {params.num_tokens, params.num_kv_heads * ctas_per_group}, kWarps * kWarpSize,
-      stream, params, min_query_len);
+      stream, params);
 }
 
 }  // namespace paged_ops::cuda
