@@ -69,6 +69,25 @@ def test_lengths_at_block_edges(seq_len, device):
     check(Case(seq_lens=(seq_len, 5)), device)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(seq_lens=(2500, 0, 700), sinks=True, alibi=True, window=1000),
+        Case(seq_lens=(2500, 700), query_lens=(2, 0), causal=False),
+        Case(seq_lens=(1500,), num_heads=14, head_size=129, dtype=torch.bfloat16, softcap=20.0),
+        Case(seq_lens=(1500,), cache_dtype=FLOAT8, scales="head"),
+    ],
+    ids=str,
+)
+def test_few_rows_of_many_keys(case, device):
+    """Several CTAs share the keys of a row, where no matrix units are used either."""
+    inputs = check(case, device)
+    first = ops.attention_lse(*inputs.args, **inputs.options)
+    for _ in range(3):
+        again = ops.attention_lse(*inputs.args, **inputs.options)
+        assert all(map(torch.equal, first, again))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cache_dtype", [None, FLOAT8], ids=["same", "float8"])
 def test_cache_layouts(layout, cache_dtype, device):

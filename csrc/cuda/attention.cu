@@ -36,34 +36,53 @@ bool fits_matrix_units(const AttentionParams& params) {
              2 * out_bytes;
 }
 
-void run_portable(const AttentionParams& params, cudaStream_t stream) {
-  const int elements =
-      built_for(BuiltElements{}, static_cast<int>(ceil_div(params.head_size, kWarpSize)));
+int elements_per_lane(const AttentionParams& params) {
+  return built_for(BuiltElements{}, static_cast<int>(ceil_div(params.head_size, kWarpSize)));
+}
+
+AttentionPlan plan_portable(const AttentionParams& params, const DeviceLimits& limits) {
+  AttentionPlan plan{};
+  const int64_t rows = params.num_tokens * ctas_per_token(params);
+  plan.splits = splits_for(params, limits, rows);
+  if (plan.splits == 1) return plan;
+  dispatch(BuiltElements{}, elements_per_lane(params), "elements per lane", [&](auto count) {
+    plan.scratch_bytes = static_cast<size_t>(rows * plan.splits) * bytes_of_split<count()>();
+  });
+  plan.num_counters = static_cast<size_t>(rows);
+  return plan;
+}
+
+void run_portable(const AttentionParams& params, const SplitStore& store, cudaStream_t stream) {
   dispatch(BuiltCacheTypes{}, params.cache_dtype, "kv_cache dtype", [&](auto cache) {
-    dispatch(BuiltElements{}, elements, "elements per lane",
-             [&](auto count) { launch_portable<Element<cache()>, count()>(params, stream); });
+    dispatch(BuiltElements{}, elements_per_lane(params), "elements per lane", [&](auto count) {
+      launch_portable<Element<cache()>, count()>(params, store, stream);
+    });
   });
 }
 
 }  // namespace
 
 AttentionPlan plan_attention(const AttentionParams& params, const DeviceLimits& limits) {
+  if (!fits_matrix_units(params)) return plan_portable(params, limits);
   AttentionPlan plan{};
-  plan.on_matrix_units = fits_matrix_units(params);
-  if (!plan.on_matrix_units) return plan;
+  plan.on_matrix_units = true;
   plan.limits = limits;
   dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype",
            [&](auto cache) { plan.decode = plan_decode<Element<cache()>>(params, limits); });
   plan.cells = num_cells(params, plan.decode);
   plan.scratch_bytes =
       static_cast<size_t>(plan.cells * floats_of_cell(plan.decode)) * sizeof(float);
+  plan.num_counters = static_cast<size_t>(2 * plan.cells);
   return plan;
 }
 
 void run_attention(const AttentionParams& params, const AttentionPlan& plan, const Scratch& scratch,
                    cudaStream_t stream) {
-  if (!plan.on_matrix_units) return run_portable(params, stream);
-  const PieceStore store{static_cast<float*>(scratch.memory), scratch.counters, plan.cells};
+  auto* const memory = static_cast<float*>(scratch.memory);
+  if (!plan.on_matrix_units) {
+    return run_portable(params, {plan.splits, memory, scratch.counters}, stream);
+  }
+  const PieceStore store{memory, scratch.counters, plan.cells};
   dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype",
            [&](auto cache) { run_decode<Element<cache()>>(params, plan.decode, store, stream); });
   const bool may_have_more =

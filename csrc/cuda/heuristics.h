@@ -125,6 +125,16 @@ inline int row_tiles_for(const AttentionParams& params) {
   return params.group_size() > 8 || (few_tokens_each && !params.batch_invariant) ? 2 : 1;
 }
 
+// CTAs that share the keys of a row on CUDA cores, where one for each of so many would not fill the
+// device. In the batch-invariant mode a row is never cut.
+inline int splits_for(const AttentionParams& params, const DeviceLimits& limits, int64_t ctas) {
+  constexpr int64_t kCtasPerMultiprocessor = 4, kMinKeys = 128, kMost = 64;
+  if (params.batch_invariant || ctas == 0) return 1;
+  const int64_t wanted = limits.multiprocessors * kCtasPerMultiprocessor / ctas;
+  const int64_t most = std::min(params.max_blocks * params.block_size / kMinKeys, kMost);
+  return static_cast<int>(std::max<int64_t>(std::min(wanted, most), 1));
+}
+
 template <typename Shape>
 DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits,
                        int static_bytes) {

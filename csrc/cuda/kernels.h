@@ -15,9 +15,9 @@ struct AttentionPlan {
   DeviceLimits limits;
   DecodePlan decode;
   int64_t cells;  // of the PieceStore
+  int splits;     // of the SplitStore, without matrix units
   size_t scratch_bytes;
-
-  size_t num_counters() const { return static_cast<size_t>(2 * cells); }
+  size_t num_counters;
 };
 
 struct Scratch {

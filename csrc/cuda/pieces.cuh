@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "arrival.cuh"
 #include "row_output.cuh"
 #include "schedule.cuh"
 
@@ -53,16 +54,6 @@ __device__ inline int32_t fan_in(const Piece& piece, int32_t num_rows) {
   constexpr int kOneStep = 160;  // rows
   if (piece.count * num_rows <= kOneStep) return piece.count;
   return max(static_cast<int32_t>(ceilf(sqrtf(static_cast<float>(piece.count)))), 4);
-}
-
-// True for the last of `count` callers. What all threads of their CTAs have written before a
-// barrier before is there to be read after a barrier after.
-__device__ inline bool last_to_arrive(unsigned* arrived, int count) {
-  const auto others = static_cast<unsigned>(count - 1);
-  __threadfence();
-  const bool last = atomicInc(arrived, others) == others;  // which leaves it at 0
-  __threadfence();
-  return last;
 }
 
 // What one CTA is to compute, apart from the keys.

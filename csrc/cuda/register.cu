@@ -65,7 +65,7 @@ struct Cuda {
     // The memory may be given back before the kernel has run: what gets it runs later on the
     // stream.
     const Tensor scratch = new_bytes(plan.scratch_bytes, place.device());
-    unsigned* const counters = zeroed_counters(plan.num_counters(), place.device(), place.stream());
+    unsigned* const counters = zeroed_counters(plan.num_counters, place.device(), place.stream());
     run_attention(params, plan, {scratch.mutable_data_ptr(), counters}, place.stream());
   }
   static void run(const WriteKvParams& params, const Tensor& anchor) {

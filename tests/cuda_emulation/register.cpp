@@ -22,7 +22,7 @@ struct Emulated {
     check_values(params, nullptr);
     const AttentionPlan plan = plan_attention(params, limits());
     std::vector<float> memory(plan.scratch_bytes / sizeof(float) + 4, NAN);
-    std::vector<unsigned> counters(plan.num_counters());
+    std::vector<unsigned> counters(plan.num_counters);
     run_attention(params, plan, {memory.data(), counters.data()}, nullptr);
     for (const unsigned counter : counters) {
       if (counter != 0) throw std::runtime_error("a counter was not left at 0");
