@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   if (is_last) merge(of_row, split.count, kOfCta, States::kFloats, write);
 }
 
-// Of the query rows, counted with the groups of heads that CTAs take.
+// Where keys are not shared.
 inline int64_t ctas_per_token(const AttentionParams& params) {
   return params.num_kv_heads * ceil_div(params.group_size(), kHeads);
 }
