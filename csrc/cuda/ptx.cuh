@@ -14,7 +14,7 @@ namespace paged_ops::cuda {
 // capability 9.0 start kernels in order.
 //
 // None of them lets the next kernel start before it ends (griddepcontrol.launch_dependents): the
-// CTAs of that one would be placed where there is room, not evenly, and it would take longer.
+// CTAs of that one would be placed where there is room, not evenly.
 __device__ inline void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
