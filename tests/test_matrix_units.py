@@ -8,6 +8,7 @@ same to the bit.
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -65,6 +66,15 @@ def test_query_lens(query_len, device):
 def test_cut_sequences(seq_lens, dtype, cache_dtype, heads, device):
     num_heads, num_kv_heads = heads
     check(Case(seq_lens, None, num_heads, num_kv_heads, 64, 16, dtype, cache_dtype), device)
+
+
+@pytest.mark.parametrize("longest", [100, 300, 600, 1000])
+@pytest.mark.parametrize("num_seqs", [3, 20])
+def test_short_shares(num_seqs, longest, device):
+    """A few tiles for each multiprocessor of a large GPU, of which some get one more than others."""
+    rng = random.Random(longest)
+    seq_lens = tuple(rng.randrange(longest) for _ in range(num_seqs))
+    check(Case(seq_lens, None, 8, 8, 64, dtype=torch.bfloat16), device)
 
 
 @pytest.mark.parametrize("options", [{"window": 300}, {"sinks": True, "softcap": 5.0}], ids=str)

@@ -1,9 +1,9 @@
 // How the keys of a batch are cut into even shares on the device, from nothing but the lengths.
 //
-// The work is a row of units: the tiles of the first sequence, then of the second, and so on. Share
-// i of n gets the units total * i / n and on, so that shares differ by one tile at most, whatever
-// the lengths (stream-K; "LeanAttention", Sanovar et al., 2024). A sequence that several shares
-// have a part of is put together at the end (pieces.cuh).
+// The work is a row of units: the tiles of the first sequence, then of the second, and so on. They
+// are cut into shares that differ by one tile at most, whatever the lengths (stream-K;
+// "LeanAttention", Sanovar et al., 2024). A sequence that several shares have a part of is put
+// together from its pieces (pieces.cuh).
 //
 // In the batch-invariant mode a unit is a chunk of tiles that depends on its sequence alone, and is
 // never cut: the pieces of a sequence, and so its result to the bit, are the same in every batch.
@@ -88,11 +88,9 @@ struct Shares {
   }
 
   __device__ uint32_t share_of(uint32_t unit) const {
-    const float mean = static_cast<float>(size) +
-                       __fdividef(static_cast<float>(larger), static_cast<float>(count));
-    const auto share = static_cast<uint32_t>(__fdividef(static_cast<float>(unit), mean));
-    if (begin_of(share) > unit) return share - 1;
-    return begin_of(share + 1) <= unit ? share + 1 : share;
+    const uint32_t in_larger = larger * (size + 1);
+    if (unit < in_larger) return quotient(unit, size + 1);
+    return larger + quotient(unit - in_larger, size);
   }
 };
 

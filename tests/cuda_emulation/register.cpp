@@ -10,11 +10,16 @@
 namespace paged_ops::cuda {
 namespace {
 
-// A small device, so that sequences are cut. EMULATED_SHARED_MEMORY: of a CTA, in KB.
+int from_environment(const char* name, int otherwise) {
+  const char* const given = std::getenv(name);
+  return given == nullptr ? otherwise : std::atoi(given);
+}
+
+// A small device, so that sequences are cut.
 DeviceLimits limits() {
-  const char* const given = std::getenv("EMULATED_SHARED_MEMORY");
-  const int kilobytes = given == nullptr ? 227 : std::atoi(given);
-  return {3, (kilobytes + 1) << 10, kilobytes << 10};
+  const int kilobytes = from_environment("EMULATED_SHARED_MEMORY", 227);  // of a CTA
+  const int multiprocessors = from_environment("EMULATED_MULTIPROCESSORS", 3);
+  return {multiprocessors, (kilobytes + 1) << 10, kilobytes << 10};
 }
 
 struct Emulated {
