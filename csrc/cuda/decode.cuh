@@ -236,7 +236,7 @@ struct DecodeMemory {
   typename Tiles::Memory tiles;
   RowBlock blocks[kWarps];
   Share share;
-  CutSequences cut;
+  bool is_last;
 };
 
 template <typename Cache, int kHeadSize, int kTiles, int kWarps>
@@ -256,10 +256,7 @@ __global__ void __launch_bounds__(
   if (params.query_start_loc != nullptr) zero_rows_without_sequence(params);
   const Share share = find_share<Shape::kThreads>(params, plan, blockIdx.x / plan.num_columns);
   if (share.begin == share.end) return;
-  if (threadIdx.x == 0) {
-    shared.share = share;
-    shared.cut.count = 0;
-  }
+  if (threadIdx.x == 0) shared.share = share;
 
   unsigned char* const memory = dynamic_shared_memory();
   const SharedAddress rows_of_warp = shared_address(memory) + warp * Shape::kWarpBytes;
@@ -267,7 +264,7 @@ __global__ void __launch_bounds__(
   const TileLoader<Cache, kHeadSize> loader(params, cta.first_head + head, part, lane);
   DecodeRows<Cache, kHeadSize, kTiles> rows;
   RowBlock& block = shared.blocks[warp];
-  const PieceEnd piece_end{params, plan, store, shared.cut, cta};
+  const PieceEnd piece_end{params, plan, store, shared.is_last, cta};
   bool begins_piece = true;
   // Tile `next` is fetched into the stage of the tile before `index`.
   int stage = plan.stages - 1, next_stage = plan.stages - 2;
@@ -301,13 +298,12 @@ __global__ void __launch_bounds__(
       __syncthreads();  // all have read their keys and values
       auto* const results = reinterpret_cast<float*>(memory + stage * Shape::kStageBytes);
       rows.put(results + warp * block.num_rows * Shape::kResultPitch, block.num_rows, lane);
-      piece_end.finish(shared.share, tile, results);
-      // In the batch-invariant mode a share may have many pieces; while it goes on there is room in
-      // this stage alone.
+      // Until the share ends, keys and values are on their way into all other stages.
       const bool ends_share = index + 1 == tiles.num_tiles();
-      if (ends_share || (plan.batch_invariant && shared.cut.full())) {
-        piece_end.merge(ends_share ? reinterpret_cast<float*>(memory) : results);
-      }
+      piece_end.finish(
+          shared.share, tile, results,
+          ends_share ? MergeRoom{reinterpret_cast<float*>(memory), plan.stages * plan.result_rows}
+                     : MergeRoom{results, plan.result_rows});
       rows = {};  // so that no register has to be kept till here
     }
   }

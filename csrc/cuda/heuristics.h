@@ -78,7 +78,7 @@ struct DecodePlan {
   int32_t block_size_log2;  // -1: not a power of two
   int32_t group_size;
   int32_t result_pitch;
-  int32_t result_rows;          // that fit into the shared memory in which pieces are added up
+  int32_t result_rows;          // that fit into a stage
   uint32_t num_shares_inverse;  // 2^32 / num_shares, rounded down
   bool batch_invariant;
 };
@@ -154,17 +154,16 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
   const Residency resident = residency<Shape>(limits, static_bytes);
   plan.warps = Shape::kWarps;
   plan.stages = resident.stages;
-  plan.num_shares = std::max(limits.multiprocessors * resident.ctas / plan.num_columns, 1);
+  plan.result_pitch = Shape::kResultPitch;
+  plan.result_rows = Shape::kStageBytes / (Shape::kResultPitch * 4);
+  const int most_shares = plan.result_rows * plan.result_rows;  // for merging in two steps
+  plan.num_shares =
+      std::clamp(limits.multiprocessors * resident.ctas / plan.num_columns, 1, most_shares);
   plan.num_shares_inverse = UINT32_MAX / static_cast<uint32_t>(plan.num_shares);
   const bool power_of_two = (params.block_size & (params.block_size - 1)) == 0;
   plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;
   plan.batch_invariant = params.batch_invariant;
   plan.group_size = group_size;
-  plan.result_pitch = Shape::kResultPitch;
-  // Sums depend on how many fit. A batch-invariant one is also made while all but one stage is in
-  // use.
-  const int stages = plan.batch_invariant ? 1 : plan.stages;
-  plan.result_rows = stages * Shape::kStageBytes / (Shape::kResultPitch * 4);
   return plan;
 }
 

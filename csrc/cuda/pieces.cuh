@@ -33,28 +33,19 @@ struct PieceStore {
   }
 };
 
-// A sequence of which a CTA has stored a piece and not yet told the others: that waits for all that
-// is on its way to memory, so it is put off until the end of the share.
-struct CutSequence {
-  Piece piece;  // this CTA's
-  Span span;
-  bool is_last;  // to arrive
-};
-
-struct CutSequences {
-  static constexpr int kCapacity = 2;  // the first and the last of a share
-  int count;
-  CutSequence cut[kCapacity];
-
-  __device__ bool full() const { return count == kCapacity; }
-};
-
-// How many pieces meet in the first of two steps; all, if one step does.
-__device__ inline int32_t fan_in(const Piece& piece, int32_t num_rows) {
+// How many pieces meet in the first of two steps; all, if one step does. No step has more pieces
+// than result_rows.
+__device__ inline int32_t fan_in(const DecodePlan& plan, const Piece& piece, int32_t num_rows) {
   constexpr int kOneStep = 160;  // rows
-  if (piece.count * num_rows <= kOneStep) return piece.count;
+  if (piece.count * num_rows <= min(kOneStep, plan.result_rows)) return piece.count;
   return max(static_cast<int32_t>(ceilf(sqrtf(static_cast<float>(piece.count)))), 4);
 }
+
+// Shared memory in which pieces are added up.
+struct MergeRoom {
+  float* rows;
+  int num_rows;  // result_rows at least
+};
 
 // What one CTA is to compute, apart from the keys.
 struct CtaRows {
@@ -77,43 +68,21 @@ struct PieceEnd {
   const AttentionParams& params;
   const DecodePlan& plan;
   const PieceStore& store;
-  CutSequences& cut;
+  bool& is_last;  // in shared memory: of the CTAs that arrive
   CtaRows cta;
 
   // The rows of the CTA's warps have been put into shared memory, one after the other. Warps that
-  // share a head are added up in their order.
-  __device__ __forceinline__ void finish(const Share& share, const Tile& tile,
-                                         float* results) const {
+  // share a head are added up in their order, and the pieces of a sequence by the last CTA that has
+  // one, for which there is `room`.
+  __device__ __forceinline__ void finish(const Share& share, const Tile& tile, const float* results,
+                                         const MergeRoom& room) const {
     const Piece piece = Piece::of(plan, share, tile);
-    const int num_rows = rows_of(tile.span);
+    const bool is_cut = piece.count > 1;
     const int parts = static_cast<int>(blockDim.x / kWarpSize) >> plan.heads_log2;
     __syncthreads();  // all have put their rows
-    add_up(piece.count == 1 ? nullptr : store.rows_of(plan, piece.slot(piece.index)), tile.span,
-           results, parts, 0, num_rows);
-    if (piece.count == 1) return;
-    if (threadIdx.x == 0) cut.cut[cut.count++] = {piece, tile.span, false};
-    __syncthreads();
-  }
-
-  // Tells the others of the pieces that have been stored, and puts sequences together of which
-  // these are the last. `room`: for result_rows rows in shared memory.
-  __device__ __forceinline__ void merge(float* room) const {
-    __syncthreads();  // all have stored their rows, and nothing is read from `room` any more
-    if (static_cast<int>(threadIdx.x) < cut.count) {
-      CutSequence& mine = cut.cut[threadIdx.x];
-      const int fan = fan_in(mine.piece, rows_of(mine.span));
-      const int group = quotient(mine.piece.index, fan) * fan;
-      mine.is_last = last_to_arrive(store.arrived + store.cell(plan, mine.piece.slot(group)),
-                                    min(fan, mine.piece.count - group));
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int i = 0; i < cut.count; ++i) {
-      if (cut.cut[i].is_last) merge_sequence(cut.cut[i], room);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) cut.count = 0;
-    __syncthreads();
+    add_up(is_cut ? store.rows_of(plan, piece.slot(piece.index)) : nullptr, tile.span, results,
+           parts, 0, rows_of(tile.span));
+    if (is_cut) merge(piece, tile.span, room);
   }
 
  private:
@@ -122,76 +91,70 @@ struct PieceEnd {
     return plan.heads * cta.block(plan, span, 0).num_rows;
   }
 
-  __device__ __forceinline__ void merge_sequence(CutSequence& sequence, float* room) const {
-    const Piece& piece = sequence.piece;
-    const int fan = fan_in(piece, rows_of(sequence.span));
-    // The pieces first .. end-1, `step` apart: those of a group, then, by the last of the groups'
-    // CTAs, the first of each group, where the sums of the group are then.
+  // Adds up the pieces first .. end-1, `step` apart, if this CTA is the last to store one of them:
+  // those of a group, and then, by the last of the groups' CTAs, the first of each group, where the
+  // sums of the group are then.
+  __device__ __forceinline__ void merge(const Piece& piece, const Span& span,
+                                        const MergeRoom& room) const {
+    const int fan = fan_in(plan, piece, rows_of(span));
     int first = quotient(piece.index, fan) * fan, end = min(first + fan, piece.count), step = 1;
+    int expected = end - first;
+    unsigned* arrived = store.arrived + store.cell(plan, piece.slot(first));
 #pragma unroll 1
     for (;;) {
+      __syncthreads();  // all have stored their rows, and none reads shared memory any more
+      if (threadIdx.x == 0) is_last = last_to_arrive(arrived, expected);
+      __syncthreads();
+      if (!is_last) return;
       const bool all = end - first == piece.count;
       float* const to = all ? nullptr : store.rows_of(plan, piece.slot(first));
-      merge_pieces(to, sequence, first, end, step, room);
+      merge_pieces(to, piece, span, first, end, step, room);
       if (all) return;
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        sequence.is_last =
-            last_to_arrive(store.arrived + store.num_cells + store.cell(plan, piece.slot(0)),
-                           quotient(piece.count + fan - 1, fan));
-      }
-      __syncthreads();
-      if (!sequence.is_last) return;
       first = 0, end = piece.count, step = fan;
+      expected = quotient(piece.count + fan - 1, fan);
+      arrived = store.arrived + store.num_cells + store.cell(plan, piece.slot(0));
     }
   }
 
-  // Fetches as many rows of as many pieces as there is room for, and adds them up; of more pieces
-  // the sums of the first ones take the place of one.
-  __device__ __forceinline__ void merge_pieces(float* to, const CutSequence& sequence, int first,
-                                               int end, int step, float* room) const {
-    const int all_rows = rows_of(sequence.span);
-    const int most_rows = min(all_rows, plan.result_rows / 2);
-    const int most_parts = quotient(plan.result_rows, most_rows);
+  // Fetches as many rows of all pieces at once as there is room for, and adds them up.
+  __device__ __forceinline__ void merge_pieces(float* to, const Piece& piece, const Span& span,
+                                               int first, int end, int step,
+                                               const MergeRoom& room) const {
+    const int parts = quotient(end - first + step - 1, step);
+    const int all_rows = rows_of(span), most_rows = min(all_rows, quotient(room.num_rows, parts));
     const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll 1
     for (int row = 0; row < all_rows; row += most_rows) {
       const int num_rows = min(most_rows, all_rows - row);
       const int stride = num_rows * plan.result_pitch;
+      if (row > 0) __syncthreads();  // the rows before have been read
 #pragma unroll 1
-      for (int piece = first; piece < end;) {
-        const int kept = piece == first ? 0 : 1;
-        const int parts = min(most_parts, kept + quotient(end - piece + step - 1, step));
-        __syncthreads();  // `room` is not read any more, and has the sums
-#pragma unroll 1
-        for (int part = kept + warp; part < parts; part += warps) {
-          const int32_t slot = sequence.piece.slot(piece + (part - kept) * step);
-          const float* const from = store.rows_of(plan, slot) + row * plan.result_pitch;
-          const SharedAddress at = shared_address(room + part * stride);
+      for (int part = warp; part < parts; part += warps) {
+        const int32_t slot = piece.slot(first + part * step);
+        const float* const from = store.rows_of(plan, slot) + row * plan.result_pitch;
+        const SharedAddress at = shared_address(room.rows + part * stride);
 #pragma unroll 4
-          for (int i = lane * 4; i < stride; i += kWarpSize * 4) {
-            copy_async_16(at + i * 4, from + i, true);
-          }
+        for (int i = lane * 4; i < stride; i += kWarpSize * 4) {
+          copy_async_16(at + i * 4, from + i, true);
         }
-        piece += (parts - kept) * step;
-        commit_copies();
-        wait_for_copies<0>();
-        __syncthreads();
-        const bool in_part = piece < end;
-        add_up(in_part ? room : to, sequence.span, room, parts, in_part ? 0 : row, num_rows);
       }
+      commit_copies();
+      wait_for_copies<0>();
+      __syncthreads();
+      add_up(to, span, room.rows, parts, row, num_rows);
     }
   }
 
   // Adds up rows, so many `parts` of each, [parts, num_rows, result_pitch] floats in shared memory.
   // The results are the rows `first_row` and on: of `to` or, without it, of the output. A row has 8
-  // lanes of a warp, or more where there are few rows.
+  // lanes of a warp, or more where a sequence has few rows: the order of the sums does not depend
+  // on how many of them there was room for.
   __device__ __forceinline__ void add_up(float* to, const Span& span, const float* parts,
                                          int num_parts, int first_row, int num_rows) const {
     const int threads = blockDim.x, lane = threadIdx.x % kWarpSize;
     int lanes = kWarpSize;
-    while (lanes > 8 && threads / lanes < num_rows) lanes /= 2;
+    while (lanes > 8 && threads / lanes < rows_of(span)) lanes /= 2;
     const int pitch = plan.result_pitch, at_softmax = pitch - 4, stride = num_rows * pitch;
     const int mine = lane & (lanes - 1);
 #pragma unroll 1
@@ -220,7 +183,6 @@ struct PieceEnd {
           write(output, column, sums);
         }
       }
-      __syncwarp();  // `to` may be where the first part is
       if (mine > 0) continue;
       if (to != nullptr) {
         store_pair(row_of_part + at_softmax, softmax.x, softmax.y);
