@@ -71,7 +71,7 @@ def test_cut_sequences(seq_lens, dtype, cache_dtype, heads, device):
 @pytest.mark.parametrize("longest", [100, 300, 600, 1000])
 @pytest.mark.parametrize("num_seqs", [3, 20])
 def test_short_shares(num_seqs, longest, device):
-    """A few tiles for each multiprocessor of a large GPU, of which some get one more than others."""
+    """On a large GPU a few tiles for each multiprocessor, for some one more than for others."""
     rng = random.Random(longest)
     seq_lens = tuple(rng.randrange(longest) for _ in range(num_seqs))
     check(Case(seq_lens, None, 8, 8, 64, dtype=torch.bfloat16), device)
