@@ -82,4 +82,5 @@ def test_operators_on_emulated_kernels(tmp_path):
     # Compute capability 8.6 has 99 KB of shared memory for a CTA: other kernels run there.
     few = "cpu and (head_sizes or options_of_cut or batch_invariant)"
     run_tests(tmp_path, ("matrix_units",), few, EMULATED_SHARED_MEMORY="99")
-    run_tests(tmp_path, ("matrix_units",), "cpu and short_shares", EMULATED_MULTIPROCESSORS="132")
+    many = "cpu and (short_shares or cut_alike)"
+    run_tests(tmp_path, ("matrix_units",), many, EMULATED_MULTIPROCESSORS="132")

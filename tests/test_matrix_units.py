@@ -8,6 +8,7 @@ same to the bit.
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 
 import pytest
@@ -75,6 +76,26 @@ def test_short_shares(num_seqs, longest, device):
     rng = random.Random(longest)
     seq_lens = tuple(rng.randrange(longest) for _ in range(num_seqs))
     check(Case(seq_lens, None, 8, 8, 64, dtype=torch.bfloat16), device)
+
+
+def test_equal_sequences_are_cut_alike(device):
+    """Where two shares each are a few less than the multiprocessors: else cuts would wander."""
+    multiprocessors = int(os.environ.get("EMULATED_MULTIPROCESSORS", "3"))
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        multiprocessors = gpu.multi_processor_count
+        if gpu.shared_memory_per_multiprocessor < 200 << 10:
+            pytest.skip("has other shares")
+    num_seqs = (multiprocessors - multiprocessors // 32) // 2
+    one = make_inputs(Case((1039,), None, 8, 8, 128, dtype=torch.bfloat16)).to(device)
+    out = ops.attention(
+        one.query.repeat(num_seqs, 1, 1),
+        one.kv_cache,
+        one.block_table.repeat(num_seqs, 1),
+        one.seq_lens.repeat(num_seqs),
+        scale=one.options["scale"],
+    )
+    assert torch.equal(out, out[:1].expand_as(out))
 
 
 @pytest.mark.parametrize("options", [{"window": 300}, {"sinks": True, "softcap": 5.0}], ids=str)

@@ -2,7 +2,8 @@
 //
 // An example: bfloat16, 32 query heads over 8 KV heads of 128, on 132 multiprocessors. Head sizes
 // from 97 to 128 are computed as 128. A stage is 8 heads x 16 keys x (K + V), 66 KB with room for
-// results; 3 of them fit into 228 KB, so each multiprocessor has one CTA, and there are 132 shares.
+// results; 3 of them fit into 228 KB, so each multiprocessor has one CTA, and there are 132 shares,
+// or 128 of them for 64 sequences.
 #pragma once
 
 #include <algorithm>
@@ -135,6 +136,18 @@ inline int splits_for(const AttentionParams& params, const DeviceLimits& limits,
   return static_cast<int>(std::max<int64_t>(std::min(wanted, most), 1));
 }
 
+// Shares of the keys: as many as CTAs run at once. A thirty-second part of them is given up if the
+// others are a multiple of the sequences or the other way round: sequences of one length are then
+// cut where they end, and those that are whole need not be put together.
+inline int num_shares_for(int most, int64_t num_seqs) {
+  if (num_seqs == 0) return most;
+  const int64_t seqs_per_share = (num_seqs + most - 1) / most;
+  if (num_seqs % seqs_per_share != 0) return most;
+  const int64_t shares_with_seqs = num_seqs / seqs_per_share;
+  const int64_t even = most / shares_with_seqs * shares_with_seqs;
+  return static_cast<int>((most - even) * 32 <= most ? even : most);
+}
+
 template <typename Shape>
 DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits,
                        int static_bytes) {
@@ -157,8 +170,8 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
   plan.result_pitch = Shape::kResultPitch;
   plan.result_rows = Shape::kStageBytes / (Shape::kResultPitch * 4);
   const int most_shares = plan.result_rows * plan.result_rows;  // for merging in two steps
-  plan.num_shares =
-      std::clamp(limits.multiprocessors * resident.ctas / plan.num_columns, 1, most_shares);
+  const int resident_shares = limits.multiprocessors * resident.ctas / plan.num_columns;
+  plan.num_shares = num_shares_for(std::clamp(resident_shares, 1, most_shares), params.num_seqs);
   plan.num_shares_inverse = UINT32_MAX / static_cast<uint32_t>(plan.num_shares);
   const bool power_of_two = (params.block_size & (params.block_size - 1)) == 0;
   plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;

@@ -51,6 +51,17 @@ __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Counts from 0 to `most` and then from 0 again, and returns the count before. What was written
+// before, by whomever this thread has met at a barrier, can be read by who counts later.
+__device__ inline unsigned count_arrival(unsigned* counter, unsigned most) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(most)
+               : "memory");
+  return before;
+}
+
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8 and
 // gets elements 2 * (l % 4) and the next of row l / 4 of each matrix.
 __device__ inline void load_matrices(SharedAddress row, uint32_t (&to)[4]) {

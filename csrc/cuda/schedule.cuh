@@ -2,8 +2,9 @@
 //
 // The work is a row of units: the tiles of the first sequence, then of the second, and so on. They
 // are cut into shares that differ by one tile at most, whatever the lengths (stream-K;
-// "LeanAttention", Sanovar et al., 2024). A sequence that several shares have a part of is put
-// together from its pieces (pieces.cuh).
+// "LeanAttention", Sanovar et al., 2024), and as evenly as that goes: sequences of one length are
+// cut where they end if their number allows it (heuristics.h). A sequence that several shares have
+// a part of is put together from its pieces (pieces.cuh).
 //
 // In the batch-invariant mode a unit is a chunk of tiles that depends on its sequence alone, and is
 // never cut: the pieces of a sequence, and so its result to the bit, are the same in every batch.
@@ -64,33 +65,44 @@ __device__ inline int32_t num_units(const DecodePlan& plan, const Span& span) {
   return (span.num_tiles + chunk - 1) / chunk;
 }
 
-// Units cut into shares that differ by one at most, the larger ones first. A 32-bit division is 20
-// instructions, which at each launch come from memory too: quotients are estimated, and corrected.
+// Units cut into shares: share i begins at unit i * total / count, rounded down. A 32-bit division
+// is 20 instructions, which at each launch come from memory too: quotients are estimated, and
+// corrected.
 struct Shares {
   uint32_t total;
-  uint32_t count;   // of shares; the last ones may be empty
-  uint32_t size;    // of the smaller ones
-  uint32_t larger;  // how many have one more
+  uint32_t count;          // that are not empty
+  uint32_t count_inverse;  // 2^32 / count, rounded down
+  uint32_t size;           // total / count, rounded down
+  uint32_t rest;           // total - size * count
 
   __device__ static Shares of(uint32_t total, const DecodePlan& plan) {
     const uint32_t count = static_cast<uint32_t>(plan.num_shares);
-    Shares shares{total, count, __umulhi(total, plan.num_shares_inverse), 0};
-    shares.larger = total - shares.size * count;
-    if (shares.larger >= count) {  // the estimate is at most one too small
-      ++shares.size;
-      shares.larger -= count;
-    }
-    return shares.size == 0 ? Shares{total, count, 1, 0} : shares;
+    if (total < count) return {total, total, 0, 1, 0};
+    Shares shares{total, count, plan.num_shares_inverse, 0, 0};
+    shares.size = shares.over_count(total);
+    shares.rest = total - shares.size * count;
+    return shares;
   }
 
   __device__ uint32_t begin_of(uint32_t share) const {
-    return min(share * size + min(share, larger), total);
+    return min(share * size + over_count(share * rest), total);
   }
 
   __device__ uint32_t share_of(uint32_t unit) const {
-    const uint32_t in_larger = larger * (size + 1);
-    if (unit < in_larger) return quotient(unit, size + 1);
-    return larger + quotient(unit - in_larger, size);
+    const float estimate = __fdividef(static_cast<float>(unit) * count, static_cast<float>(total));
+    uint32_t share = static_cast<uint32_t>(estimate);
+#pragma unroll 1
+    while (begin_of(share) > unit) --share;
+#pragma unroll 1
+    while (begin_of(share + 1) <= unit) ++share;
+    return share;
+  }
+
+ private:
+  // x / count, rounded down: the estimate is at most one too small.
+  __device__ uint32_t over_count(uint32_t x) const {
+    const uint32_t estimate = __umulhi(x, count_inverse);
+    return x - estimate * count >= count ? estimate + 1 : estimate;
   }
 };
 

@@ -91,12 +91,6 @@ inline bool __any_sync(unsigned mask, bool x) {
   }
   return false;
 }
-inline void __threadfence() {}
-inline unsigned atomicInc(unsigned* address, unsigned most) {
-  const unsigned before = *address;
-  *address = before >= most ? 0 : before + 1;
-  return before;
-}
 inline uint32_t __umulhi(uint32_t x, uint32_t y) {
   return static_cast<uint32_t>(static_cast<uint64_t>(x) * y >> 32);
 }

@@ -35,6 +35,12 @@ inline void commit_copies() {}
 template <int kPending>
 void wait_for_copies() {}
 
+inline unsigned count_arrival(unsigned* counter, unsigned most) {
+  const unsigned before = *counter;
+  *counter = before >= most ? 0 : before + 1;
+  return before;
+}
+
 // Element `column` of row `row` of matrix `matrix`, by the addresses that the lanes have given.
 inline uint16_t matrix_element(const uint64_t* rows, int matrix, int row, int column) {
   uint16_t element;
