@@ -241,9 +241,8 @@ def with_attention(model: Decoder, kind: type[Attention]) -> Decoder:
 
 def dense_step(model: Decoder, caches: list[Tensor], tokens: Tensor, seq_lens: Tensor) -> None:
     """decode_step over dense caches: no blocks and no slots."""
-    positions = seq_lens.long()
     nothing = seq_lens.new_empty(0)
-    batch = Batch(nothing, seq_lens + 1, None, nothing, positions)
+    batch = Batch(nothing, seq_lens, None, nothing, seq_lens.long() - 1)
     tokens.copy_(model(tokens, caches, batch).argmax(-1))
     seq_lens.add_(1)
 

@@ -59,7 +59,9 @@ class State:
 
     Attributes:
         tokens: int64 [n], the newest token of each sequence, which is not in the cache yet.
-        seq_lens: int32 [n], tokens in the cache; 0 in rows that are padding.
+        seq_lens: int32 [n], tokens of each sequence, the newest one included; 0 in rows that are
+            padding. An operator takes them as they are: what a step computed first, Inductor would
+            compute for each layer anew.
         block_table: int32 [n, max_blocks]; blocks that a chunk may fill are there in advance.
         chosen: int64 [n, steps], what the steps of this chunk have chosen.
         count: int64 [1], how many steps that were.
@@ -92,14 +94,17 @@ def first_rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 def next_batch(seq_lens: Tensor, block_table: Tensor, block_size: int) -> Batch:
-    """One more token for each sequence: what PagedAttentionManager.step says, on the device."""
+    """What PagedAttentionManager.step says of sequences that have so many tokens after it.
+
+    On the device; seq_lens may be 0 in rows that are padding.
+    """
     running = seq_lens > 0
-    positions = seq_lens.long()
+    positions = torch.where(running, seq_lens.long() - 1, 0)
     blocks = block_table.gather(1, (positions // block_size)[:, None]).squeeze(1)
     slots = blocks.long() * block_size + positions % block_size
     return Batch(
         block_table=block_table,
-        seq_lens=seq_lens + running,
+        seq_lens=seq_lens,
         query_start_loc=None,
         slot_mapping=torch.where(running, slots, -1),
         positions=positions,
@@ -113,7 +118,7 @@ def decode_step(model: Decoder, caches: list[Tensor], state: State, sampling: Sa
     state.chosen.index_copy_(1, state.count, tokens[:, None])
     state.count.add_(1)
     state.tokens.copy_(tokens)
-    state.seq_lens.copy_(batch.seq_lens)
+    state.seq_lens.add_(state.seq_lens > 0)
 
 
 Step = Callable[[Decoder, list[Tensor], State, Sampling], None]
@@ -254,7 +259,7 @@ class DecodeLoop:
         """Tell the device where the sequences stand."""
         state = self.state.first(rows)
         batch = self.manager.batch(self.seq_ids, 0, pad_to=rows)
-        state.seq_lens.copy_(batch.seq_lens)
+        state.seq_lens.copy_(batch.seq_lens + (batch.seq_lens > 0))
         state.block_table.copy_(batch.block_table)
         state.count.zero_()
 
