@@ -82,13 +82,14 @@ class TileLoader {
 
   __device__ void load_row(SharedAddress to, const char* first, int64_t offset) const {
     const bool present = in_head_ && static_cast<int32_t>(offset >> 32) >= 0;  // else zeros
-    copy_async_16(to, first + offset, present);
+    copy_async_16(to, first + offset, present, policy_);
   }
 
   int first_row_;
   int part_;
   bool in_row_;
-  bool in_head_;  // else zeros
+  bool in_head_;                        // else zeros
+  CachePolicy policy_ = evict_first();  // pieces stay where they can be read soon
   const char* key_;
   const char* value_;
 };

@@ -42,6 +42,23 @@ __device__ inline void copy_async_16(SharedAddress to, const void* from, bool pr
                : "memory");
 }
 
+// How lines are kept in the second-level cache: these are the first to go.
+using CachePolicy = uint64_t;
+__device__ inline CachePolicy evict_first() {
+  CachePolicy policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// The same as copy_async_16, for what is not read again soon.
+__device__ inline void copy_async_16(SharedAddress to, const void* from, bool present,
+                                     CachePolicy policy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to),
+      "l"(from), "r"(present ? 16 : 0), "l"(policy)
+      : "memory");
+}
+
 // Ends the group of copies since the last call.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -31,6 +31,11 @@ inline void copy_async_16(SharedAddress to, const void* from, bool present) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulation::fail("copy_async_16: not aligned");
   std::memcpy(bytes, from, 16);
 }
+using CachePolicy = uint64_t;
+inline CachePolicy evict_first() { return 0; }
+inline void copy_async_16(SharedAddress to, const void* from, bool present, CachePolicy) {
+  copy_async_16(to, from, present);
+}
 inline void commit_copies() {}
 template <int kPending>
 void wait_for_copies() {}
