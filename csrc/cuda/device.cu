@@ -28,6 +28,12 @@ class Relaxed {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  require_success("attention", cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 unsigned* new_zeros(size_t count) {
   const Relaxed relaxed;
   void* memory = nullptr;
@@ -77,6 +83,31 @@ class Counters {
   size_t left_ = 0;
 };
 
+// Scratch memory of one device by stream. What has become too small is left alone: a kernel may
+// still use it.
+class StreamMemory {
+ public:
+  void* of(cudaStream_t stream, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto& [memory, size] = by_stream_[stream];
+    if (size < bytes) {
+      void* larger = nullptr;
+      const size_t wanted = std::max(bytes, 2 * size);
+      if (cudaMalloc(&larger, wanted) != cudaSuccess) {
+        cudaGetLastError();
+        return nullptr;
+      }
+      memory = larger;
+      size = wanted;
+    }
+    return memory;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<cudaStream_t, std::pair<void*, size_t>> by_stream_;
+};
+
 }  // namespace
 
 DeviceLimits device_limits(int device) {
@@ -93,11 +124,15 @@ DeviceLimits device_limits(int device) {
 
 unsigned* zeroed_counters(size_t count, int device, cudaStream_t stream) {
   static Counters counters[kMaxDevices];
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  require_success("attention", cudaStreamIsCapturing(stream, &status));
   Counters& here = counters[device];
-  return status == cudaStreamCaptureStatusNone ? here.of_stream(stream, count)
-                                               : here.unshared(count);
+  return is_capturing(stream) ? here.unshared(count) : here.of_stream(stream, count);
+}
+
+void* stream_memory(size_t bytes, int device, cudaStream_t stream) {
+  constexpr size_t kMost = 16 << 20;
+  static StreamMemory memory[kMaxDevices];
+  if (bytes == 0 || bytes > kMost || is_capturing(stream)) return nullptr;
+  return memory[device].of(stream, bytes);
 }
 
 }  // namespace paged_ops::cuda

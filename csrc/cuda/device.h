@@ -1,4 +1,4 @@
-// What the host keeps of a device: its limits, and counters that are 0 between calls.
+// What the host keeps of a device: its limits, counters that are 0 between calls, scratch memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -18,5 +18,11 @@ DeviceLimits device_limits(int device);
 // are never handed out again, because the graph can be replayed beside anything. Each captured call
 // so keeps some KB for good.
 unsigned* zeroed_counters(size_t count, int device, cudaStream_t stream);
+
+// Memory of the current device for the kernels of one stream, of any contents, 256-byte aligned. It
+// is kept for the next call, which saves the host an allocation. nullptr where torch's allocator
+// has to be asked: for much memory, when little is left, and while a graph is being captured, which
+// needs its own.
+void* stream_memory(size_t bytes, int device, cudaStream_t stream);
 
 }  // namespace paged_ops::cuda
