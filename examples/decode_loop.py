@@ -124,12 +124,13 @@ def decode_step(model: Decoder, caches: list[Tensor], state: State, sampling: Sa
 Step = Callable[[Decoder, list[Tensor], State, Sampling], None]
 
 # What Inductor does on a GPU. What a generated matrix product takes is computed once, not by each
-# of its programs. Kernels are launched while the one before still runs (programmatic dependent
-# launch, from compute capability 9.0 on), but not where some come from templates, which do not wait
-# in every version. Products of one row are bound by reading weights, which generated reductions do
-# faster than a library's products; "autotune" also tries generated products of several rows, and
-# takes minutes.
-_ONCE: dict[str, bool | int] = {"realize_opcount_threshold": 8}
+# of its programs, and what several kernels take, as the sum of a layer and what it was given, is
+# stored, not added up by each of them: so all layers have the same kernels. Kernels are launched
+# while the one before still runs (programmatic dependent launch, from compute capability 9.0 on),
+# but not where some come from templates, which do not wait in every version. Products of one row
+# are bound by reading weights, which generated reductions do faster than a library's products;
+# "autotune" also tries generated products of several rows, and takes minutes.
+_ONCE: dict[str, bool | int] = {"realize_opcount_threshold": 8, "realize_reads_threshold": 1}
 _EARLY: dict[str, bool | int] = {"triton.enable_pdl": True}
 TUNINGS: dict[str, dict[str, bool | int]] = {
     "library": {**_ONCE, **_EARLY},

@@ -47,7 +47,10 @@ class Config:
 
 
 class Rotation(NamedTuple):
-    """cos and sin of each token's angles, float32 [T, 1, D / 2], the same in every layer."""
+    """cos and sin of each token's angles, float32 [T, 1, D], the same in every layer.
+
+    sin is negative in the first half, as the other channel of a pair counts there.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -97,12 +100,19 @@ def _stretch_low_frequencies(frequencies: Tensor, scaling: Mapping[str, Any]) ->
     return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
+def rotation_at(positions: Tensor, config: Config) -> Rotation:
+    """What turns the channels of tokens at these positions, int64 [T]."""
+    frequencies = rope_frequencies(config, positions.device)
+    angles = positions[:, None, None] * frequencies  # [T, 1, D / 2]
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn the pairs (channel i, channel i + D / 2) of x [T, heads, D] by their token's angles."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = rotation
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+    wide = x.float()
+    other = wide.roll(x.shape[-1] // 2, dims=-1)  # of its pair
+    return (wide * rotation.cos + other * rotation.sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -120,8 +130,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, kv_cache: Tensor, batch: Batch) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_size))  # [T, Q + 2 H, D]
+        # Values stay as they are, but pass through too: all of it is one kernel.
+        turns = torch.arange(sum(self.heads), device=x.device)[:, None] < sum(self.heads[:2])
+        qkv = torch.where(turns, rotate(qkv, rotation), qkv)
         query, key, value = qkv.split(self.heads, dim=1)
-        query, key = rotate(query, rotation), rotate(key, rotation)
         return self.out(self.attend(query, key, value, kv_cache, batch).flatten(1))
 
     def attend(
@@ -192,9 +204,7 @@ class Decoder(nn.Module):
         Returns:
             float32 [S, V]: the logits after the last token of each sequence.
         """
-        frequencies = rope_frequencies(self.config, tokens.device)
-        angles = batch.positions[:, None, None] * frequencies  # [T, 1, D / 2]
-        rotation = Rotation(angles.cos(), angles.sin())
+        rotation = rotation_at(batch.positions, self.config)
         x = self.embedding(tokens)  # [T, E]
         for layer, kv_cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotation, kv_cache, batch)
