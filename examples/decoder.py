@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from matvec import matvec, takes
 from torch import Tensor, nn
 
 from paged_ops import ops
@@ -68,6 +69,16 @@ class RMSNorm(nn.Module):
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * self.weight
+
+
+class Linear(nn.Linear):
+    """x [T, E] times the weights; of one row, as in decoding one sequence, by a kernel for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not takes(x, self.weight):
+            return super().forward(x)
+        product = matvec(x, self.weight)
+        return product if self.bias is None else product + self.bias
 
 
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
@@ -125,8 +136,8 @@ class Attention(nn.Module):
         self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         query_size = config.num_heads * config.head_size
         qkv_size = sum(self.heads) * config.head_size
-        self.qkv = nn.Linear(config.hidden_size, qkv_size, bias=config.qkv_bias)
-        self.out = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, qkv_size, bias=config.qkv_bias)
+        self.out = Linear(query_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: Rotation, kv_cache: Tensor, batch: Batch) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_size))  # [T, Q + 2 H, D]
@@ -156,8 +167,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, F] each
@@ -188,7 +199,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
 
