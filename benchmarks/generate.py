@@ -295,7 +295,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--contenders", choices=CONTENDERS, nargs="+", default=["paged", "dense", "transformers"]
     )
-    parser.add_argument("--tuning", choices=TUNINGS, default="reductions", help="on a GPU")
+    parser.add_argument("--tuning", choices=TUNINGS, default="tuned", help="on a GPU")
     parser.add_argument(
         "--inductor",
         type=inductor_option,

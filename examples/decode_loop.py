@@ -124,23 +124,21 @@ def decode_step(model: Decoder, caches: list[Tensor], state: State, sampling: Sa
 Step = Callable[[Decoder, list[Tensor], State, Sampling], None]
 
 # What Inductor does on a GPU. What a generated matrix product takes is computed once, not by each
-# of its programs. Kernels are launched while the one before still runs (programmatic dependent
-# launch, from compute capability 9.0 on), but not where some come from templates, which do not wait
-# in every version. Products of one row are bound by reading weights, which generated reductions do
-# faster than a library's products; "autotune" also tries generated products of several rows, and
-# takes minutes.
-_ONCE: dict[str, bool | int] = {"realize_opcount_threshold": 8}
+# of its programs, and what several kernels take, as the sum of a layer and what it was given, is
+# stored, not added up by each of them: so all layers have the same kernels. Kernels are launched
+# while the one before still runs (programmatic dependent launch, from compute capability 9.0 on),
+# but not where some come from templates, which do not wait in every version. "tuned" tries other
+# tiles of the generated kernels; "autotune" also generated products, and takes minutes.
+_ONCE: dict[str, bool | int] = {"realize_opcount_threshold": 8, "realize_reads_threshold": 1}
 _EARLY: dict[str, bool | int] = {"triton.enable_pdl": True}
 TUNINGS: dict[str, dict[str, bool | int]] = {
     "library": {**_ONCE, **_EARLY},
-    "reductions": {"coordinate_descent_tuning": True, **_ONCE, **_EARLY},
+    "tuned": {"coordinate_descent_tuning": True, **_ONCE, **_EARLY},
     "autotune": {"coordinate_descent_tuning": True, "max_autotune": True, **_ONCE},
 }
 
 
-def compile_step(
-    device: torch.device, options: dict[str, bool | int] = TUNINGS["reductions"]
-) -> Step:
+def compile_step(device: torch.device, options: dict[str, bool | int] = TUNINGS["tuned"]) -> Step:
     """decode_step for this device: compiled for one row, and once for all other numbers of rows.
 
     The options are Inductor's, for a GPU.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from matvec import matvec, takes
 from torch import Tensor, nn
 
 from paged_ops import ops
@@ -47,7 +48,10 @@ class Config:
 
 
 class Rotation(NamedTuple):
-    """cos and sin of each token's angles, float32 [T, 1, D / 2], the same in every layer."""
+    """cos and sin of each token's angles, float32 [T, 1, D], the same in every layer.
+
+    sin is negative in the first half, as the other channel of a pair counts there.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -65,6 +69,16 @@ class RMSNorm(nn.Module):
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * self.weight
+
+
+class Linear(nn.Linear):
+    """x [T, E] times the weights; of one row, as in decoding one sequence, by a kernel for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not takes(x, self.weight):
+            return super().forward(x)
+        product = matvec(x, self.weight)
+        return product if self.bias is None else product + self.bias
 
 
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
@@ -97,12 +111,19 @@ def _stretch_low_frequencies(frequencies: Tensor, scaling: Mapping[str, Any]) ->
     return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
+def rotation_at(positions: Tensor, config: Config) -> Rotation:
+    """What turns the channels of tokens at these positions, int64 [T]."""
+    frequencies = rope_frequencies(config, positions.device)
+    angles = positions[:, None, None] * frequencies  # [T, 1, D / 2]
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn the pairs (channel i, channel i + D / 2) of x [T, heads, D] by their token's angles."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = rotation
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+    wide = x.float()
+    other = wide.roll(x.shape[-1] // 2, dims=-1)  # of its pair
+    return (wide * rotation.cos + other * rotation.sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -115,13 +136,15 @@ class Attention(nn.Module):
         self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         query_size = config.num_heads * config.head_size
         qkv_size = sum(self.heads) * config.head_size
-        self.qkv = nn.Linear(config.hidden_size, qkv_size, bias=config.qkv_bias)
-        self.out = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, qkv_size, bias=config.qkv_bias)
+        self.out = Linear(query_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotation: Rotation, kv_cache: Tensor, batch: Batch) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_size))  # [T, Q + 2 H, D]
+        # Values stay as they are, but pass through too: all of it is one kernel.
+        turns = torch.arange(sum(self.heads), device=x.device)[:, None] < sum(self.heads[:2])
+        qkv = torch.where(turns, rotate(qkv, rotation), qkv)
         query, key, value = qkv.split(self.heads, dim=1)
-        query, key = rotate(query, rotation), rotate(key, rotation)
         return self.out(self.attend(query, key, value, kv_cache, batch).flatten(1))
 
     def attend(
@@ -144,8 +167,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, F] each
@@ -176,7 +199,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -192,9 +215,7 @@ class Decoder(nn.Module):
         Returns:
             float32 [S, V]: the logits after the last token of each sequence.
         """
-        frequencies = rope_frequencies(self.config, tokens.device)
-        angles = batch.positions[:, None, None] * frequencies  # [T, 1, D / 2]
-        rotation = Rotation(angles.cos(), angles.sin())
+        rotation = rotation_at(batch.positions, self.config)
         x = self.embedding(tokens)  # [T, E]
         for layer, kv_cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotation, kv_cache, batch)

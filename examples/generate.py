@@ -238,7 +238,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help="tokens that are decoded before the host looks for stop tokens; 1, or 8 on a GPU",
     )
-    parser.add_argument("--tuning", choices=TUNINGS, default="reductions", help="on a GPU")
+    parser.add_argument("--tuning", choices=TUNINGS, default="tuned", help="on a GPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -26,6 +26,7 @@ from decoder import Decoder
 from generate import generate, main
 from load import Checkpoint, CheckpointError, load
 from managers import manager_for
+from matvec import matvec, takes
 from random_models import SHAPES, random_checkpoint
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
@@ -224,7 +225,7 @@ def test_growing_lengths_compile_and_capture_nothing(running, captures):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("tuning", ["library", "reductions"])
+@pytest.mark.parametrize("tuning", ["library", "tuned"])
 def test_every_generated_kernel_waits_for_the_one_before_it(tiny, cuda, tuning, rows):
     """Kernels are launched early: one that did not wait would let the next read too soon."""
     if torch.cuda.get_device_capability() < (9, 0):
@@ -240,6 +241,21 @@ def test_every_generated_kernel_waits_for_the_one_before_it(tiny, cuda, tuning, 
     kernels = [kernel for code in codes for kernel in code.split("async_compile.triton(")[1:]]
     assert len(kernels) > 10
     assert all("gdc_wait" in kernel for kernel in kernels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(6, 1024), (4096, 4096), (512, 14336), (130, 5120)])
+def test_product_of_one_row(cuda, dtype, shape):
+    weight = torch.randn(shape, device=cuda, dtype=dtype)
+    x = torch.randn(1, shape[1], device=cuda, dtype=dtype)
+    assert takes(x, weight)
+    assert not takes(x.expand(2, -1), weight)
+    found = torch.compile(matvec, fullgraph=True)(x, weight)
+    expected = x.double() @ weight.double().T
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < 4 * torch.finfo(dtype).eps
+    torch.library.opcheck(matvec, (x, weight))
 
 
 @pytest.mark.gpu
