@@ -40,7 +40,8 @@ def build(folder: Path, cuda_root: str) -> None:
     sources = Path(__file__).parent / "cuda_emulation"
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
-    shutil.copy(sources / "ptx.cuh", csrc / "cuda")
+    for instructions in sources.glob("*.cuh"):
+        shutil.copy(instructions, csrc / "cuda")
     includes = [f"-I{path}" for path in (f"{cuda_root}/include", csrc, *include_paths())]
     compiler = [os.environ.get("CXX", "g++"), *FLAGS, *includes]
     commands, objects = [], []
@@ -82,5 +83,6 @@ def test_operators_on_emulated_kernels(tmp_path):
     # Compute capability 8.6 has 99 KB of shared memory for a CTA: other kernels run there.
     few = "cpu and (head_sizes or options_of_cut or batch_invariant)"
     run_tests(tmp_path, ("matrix_units",), few, EMULATED_SHARED_MEMORY="99")
+    run_tests(tmp_path, ("prefill",), "cpu and not float8", EMULATED_WGMMA="1")
     many = "cpu and (short_shares or cut_alike)"
     run_tests(tmp_path, ("matrix_units",), many, EMULATED_MULTIPROCESSORS="132")

@@ -64,6 +64,16 @@ def test_options(options, cache_dtype, device):
     check(dataclasses.replace(CHUNKS, cache_dtype=cache_dtype, **options), device)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 500}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+def test_many_tiles(head_size, options, device):
+    """More tiles of keys than are in flight at once."""
+    case = dataclasses.replace(
+        CHUNKS, seq_lens=(700, 1030), query_lens=(150, 70), head_size=head_size, **options
+    )
+    check(case, device)
+
+
 @pytest.mark.parametrize("scales", ["tensor", "head"])
 def test_scales(scales, device):
     check(dataclasses.replace(CHUNKS, cache_dtype=FLOAT8, scales=scales), device)

@@ -55,20 +55,34 @@ class KernelOnDevice {
   // True for code that waits for the previous kernel itself, see wait_for_previous_kernel: a newer
   // device may run code that was compiled for an older one.
   bool waits(const char* op) {
-    constexpr int kUnknown = 0, kFirstThatWaits = 90;
-    int version = ptx_version_.load(std::memory_order_relaxed);
-    if (version == kUnknown) {
-      cudaFuncAttributes attributes{};
-      require_success(op, cudaFuncGetAttributes(&attributes, kKernel));
-      version = attributes.ptxVersion;
-      ptx_version_.store(version, std::memory_order_relaxed);
-    }
-    return version >= kFirstThatWaits;
+    constexpr int kFirstThatWaits = 90;
+    return asked(op, ptx_version_) >= kFirstThatWaits;
+  }
+
+  // False where the body of a kernel is left out of the code for the device, because it lacks the
+  // instructions. For kernels that declare shared memory, not a multiple of 1 KB: what the hardware
+  // reserves in each CTA may or may not be counted in.
+  bool has_body(const char* op) {
+    constexpr int kReserved = 1024;
+    return asked(op, declared_) % kReserved != 0;
   }
 
  private:
+  static constexpr int kUnknown = -1;
+
+  int asked(const char* op, const std::atomic<int>& property) {
+    if (property.load(std::memory_order_relaxed) == kUnknown) {
+      cudaFuncAttributes attributes{};
+      require_success(op, cudaFuncGetAttributes(&attributes, kKernel));
+      ptx_version_.store(attributes.ptxVersion, std::memory_order_relaxed);
+      declared_.store(static_cast<int>(attributes.sharedSizeBytes), std::memory_order_relaxed);
+    }
+    return property.load(std::memory_order_relaxed);
+  }
+
   std::atomic<int> allowed_{0};
-  std::atomic<int> ptx_version_{0};
+  std::atomic<int> ptx_version_{kUnknown};
+  std::atomic<int> declared_{kUnknown};  // shared memory, bytes
 };
 
 // An empty grid launches nothing. `shared_bytes` is shared memory on top of what the kernel

@@ -15,28 +15,20 @@
 
 #include <cstdint>
 
-#include "division.h"
 #include "element.cuh"
 #include "fragments.cuh"
 #include "heuristics.h"
 #include "launch.h"
 #include "prefill.h"
+#include "prefill_plan.h"
 #include "ptx.cuh"
+#include "query_rows.cuh"
 #include "row_blocks.cuh"
 #include "row_output.cuh"
 #include "row_scores.cuh"
 #include "row_softmax.cuh"
-#include "words.h"
 
 namespace paged_ops::cuda {
-
-// What the prefill kernel is told beside the params.
-struct PrefillPlan {
-  RowBlocks blocks;
-  Divisor block_size;
-  Divisor group_size;
-  bool wide_query;  // rows of the query can be loaded 16 bytes at a time
-};
 
 // Sizes of the prefill kernel. A row's pitch is an odd number of 16 bytes: eight rows one below the
 // other then lie in different banks, and all offsets are known when the code is compiled.
@@ -182,30 +174,6 @@ class KeyTiles {
   int32_t block_ = -1;  // of the token that has been looked up; negative: no token
 };
 
-// Puts the query rows of a block into shared memory, zeros where there is none, in pieces of
-// kBytes.
-template <typename Shape, int kBytes>
-__device__ void load_query(const AttentionParams& params, const Divisor& group_size,
-                           const RowBlock& block, unsigned char* rows) {
-  constexpr int kPieces = Shape::kHeadSize * 2 / kBytes;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < Shape::kCtaRows * kPieces; i += Shape::kThreads) {
-    const int row = i / kPieces, column = i % kPieces * kBytes;
-    const bool present = row < block.num_rows && column < params.head_size * 2;
-    const int in_sequence = block.first_row + row;
-    const int64_t token = block.first_token + group_size.quotient(in_sequence);
-    const int64_t head = block.kv_head * group_size.value + group_size.remainder(in_sequence);
-    const int64_t element = token * params.query_stride_token + head * params.query_stride_head;
-    const char* const from = static_cast<const char*>(params.query) + element * 2 + column;
-    unsigned char* const to = rows + row * Shape::kQueryPitch + column;
-    if constexpr (kBytes == 16) {
-      copy_async_16(shared_address(to), from, present);
-    } else {
-      *reinterpret_cast<uint32_t*>(to) = present ? *reinterpret_cast<const uint32_t*>(from) : 0u;
-    }
-  }
-}
-
 // The power of two that brings `largest` near 2^8; that of 1 for 0 and for what is not a number.
 __device__ inline float scale_to_float16(float largest) {
   return exp2f(static_cast<float>(8 - exponent_of(largest)));
@@ -308,12 +276,9 @@ __device__ void begin_block(const AttentionParams& params, const PrefillPlan& pl
                             unsigned char* query, PrefillMemory<Shape>& memory) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int first_row = warp * Shape::kWarpRows;
-  if (plan.wide_query) {
-    load_query<Shape, 16>(params, plan.group_size, block, query);
-  } else {
-    load_query<Shape, 4>(params, plan.group_size, block, query);
-  }
-  commit_copies();
+  const QueryRows<Shape::kHeadSize, Shape::kCtaRows, Shape::kThreads> rows{
+      params, plan, block, 0, static_cast<int>(threadIdx.x)};
+  rows.load([&](int row, int byte) { return query + row * Shape::kQueryPitch + byte; });
   if (threadIdx.x == 0) {
     memory.block = block;
     tiles.begin(seq, block);
@@ -388,12 +353,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerMultiprocessor
 
 template <typename Shape>
 void launch_shape(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {
-  PrefillPlan plan{};
-  plan.blocks = {log2_of(Shape::kCtaRows), Divisor::of(min_query_len)};
-  plan.block_size = Divisor::of(params.block_size);
-  plan.group_size = Divisor::of(params.group_size());
-  plan.wide_query =
-      widest_word(2, {params.query}, {params.query_stride_token, params.query_stride_head}) == 16;
+  const PrefillPlan plan = PrefillPlan::of(params, Shape::kCtaRows, min_query_len);
   launch<prefill_kernel<Shape>>(params.op, {plan.blocks.num_places(params) * params.num_kv_heads},
                                 Shape::kThreads, Shape::kSharedBytes, stream, params, plan);
 }

@@ -1,4 +1,4 @@
-// The prefill kernel for one cache type, by head size. instantiations/ holds one file for each.
+// The prefill kernels for one cache type, by head size. instantiations/ holds one file for each.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,5 +14,11 @@ namespace paged_ops::cuda {
 template <typename Cache>
 void run_prefill(const AttentionParams& params, int32_t min_query_len, const DeviceLimits& limits,
                  cudaStream_t stream);
+
+// The same where the device multiplies whole warpgroups out of shared memory (wgmma): false if it
+// does not, and nothing is launched. For caches of 16-bit elements.
+template <typename Cache>
+bool run_prefill_on_warpgroups(const AttentionParams& params, int32_t min_query_len,
+                               cudaStream_t stream);
 
 }  // namespace paged_ops::cuda

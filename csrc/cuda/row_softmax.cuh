@@ -35,9 +35,11 @@ struct RowSoftmax {
 
   // Raises the base where the logits of the next keys, scores times factor > 0, lie far above it:
   // after the first tiles that is rare (as in FlashAttention-4), and else nothing is rescaled and
-  // the lanes need not agree on a maximum.
+  // the lanes need not agree on a maximum. True if it did: `out` is then to be rescaled by
+  // `shrink` before anything is added to it.
   template <int kKeys>
-  __device__ void make_room(const float (&scores)[kTiles][kKeys / 8][4], float factor) {
+  __device__ bool raise_base(const float (&scores)[kTiles][kKeys / 8][4], float factor,
+                             float (&shrink)[kTiles][2]) {
     float largest[kTiles][2];
     bool far = false;
 #pragma unroll
@@ -53,7 +55,36 @@ struct RowSoftmax {
         far = far || largest[tile][half] > base[tile][half] + kSlack;
       }
     }
-    if (warp_any(far)) raise(largest);
+    if (!warp_any(far)) return false;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float raised = fmaxf(base[tile][half], quad_max(largest[tile][half]));
+        shrink[tile][half] = exp2_approx(base[tile][half] - base_of(raised));
+        base[tile][half] = raised;
+        sum[tile][half] *= shrink[tile][half];
+      }
+    }
+    return true;
+  }
+
+  __device__ void rescale(const float (&shrink)[kTiles][2]) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int n = 0; n < kHeadSize / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[tile][n][i] *= shrink[tile][i / 2];
+      }
+    }
+  }
+
+  // Both at once.
+  template <int kKeys>
+  __device__ void make_room(const float (&scores)[kTiles][kKeys / 8][4], float factor) {
+    float shrink[kTiles][2];
+    if (raise_base<kKeys>(scores, factor, shrink)) rescale(shrink);
   }
 
   // The weights of 16 keys, which begin at key 16 n: as what multiplies the values.
@@ -74,6 +105,27 @@ struct RowSoftmax {
     }
   }
 
+  // Weights in the place of the scores of all keys.
+  template <int kKeys>
+  __device__ void weigh_in_place(float (&scores)[kTiles][kKeys / 8][4], float factor) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float from = base_of(base[tile][half]);
+        float added = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+          float* const pair = &scores[tile][n][2 * half];
+          pair[0] = exp2_approx(fmaf(pair[0], factor, -from));
+          pair[1] = exp2_approx(fmaf(pair[1], factor, -from));
+          added += pair[0] + pair[1];
+        }
+        sum[tile][half] += added;
+      }
+    }
+  }
+
   // The sums over the lanes that share a row.
   __device__ void finish() {
 #pragma unroll
@@ -86,25 +138,6 @@ struct RowSoftmax {
  private:
   // Weights up to 2^8: float16 holds 2^15, and what is smaller by 2^24 than the largest is lost.
   static constexpr float kSlack = 8.0f;
-
-  __device__ void raise(const float (&largest)[kTiles][2]) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      float shrink[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float raised = fmaxf(base[tile][half], quad_max(largest[tile][half]));
-        shrink[half] = exp2_approx(base[tile][half] - base_of(raised));
-        base[tile][half] = raised;
-        sum[tile][half] *= shrink[half];
-      }
-#pragma unroll
-      for (int n = 0; n < kHeadSize / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[tile][n][i] *= shrink[i / 2];
-      }
-    }
-  }
 };
 
 }  // namespace paged_ops::cuda

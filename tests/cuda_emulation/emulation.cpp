@@ -28,7 +28,7 @@ struct Barrier {
 };
 
 Fiber fibers[kMaxThreads];
-Barrier cta_barrier;
+Barrier cta_barriers[16];
 Barrier warp_barriers[kMaxThreads / kWarpSize];
 unsigned long gathered[kMaxThreads / kWarpSize][2][kWarpSize];
 std::vector<unsigned char> shared_memory;
@@ -36,7 +36,7 @@ void* scheduler_stack_pointer;
 const std::function<void()>* body;
 int num_threads;
 int current;  // the running fiber
-long progress;
+long progress_made;
 bool trapped;
 unsigned random_state = 12345;
 
@@ -48,23 +48,24 @@ __attribute__((naked, noinline)) void switch_stack(void** /*save*/, void* /*to*/
       "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
 }
 
-void yield() { switch_stack(&fibers[current].stack_pointer, scheduler_stack_pointer); }
-
 void enter_fiber() {
   (*body)();
   fibers[current].done = true;
-  ++progress;
+  ++progress_made;
   yield();
   std::abort();
 }
 
+void arrive(Barrier& barrier, int expected) {
+  if (++barrier.arrived != expected) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+  ++progress_made;
+}
+
 void wait(Barrier& barrier, int expected) {
   const int generation = barrier.generation;
-  if (++barrier.arrived == expected) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    ++progress;
-  }
+  arrive(barrier, expected);
   while (barrier.generation == generation) yield();
 }
 
@@ -92,13 +93,13 @@ std::vector<int> shuffled_threads() {
 }
 
 bool run_cta() {
-  cta_barrier = {};
+  std::fill(std::begin(cta_barriers), std::end(cta_barriers), Barrier{});
   std::fill(std::begin(warp_barriers), std::end(warp_barriers), Barrier{});
   for (int thread = 0; thread < num_threads; ++thread) start_fiber(fibers[thread]);
   const std::vector<int> order = shuffled_threads();
   for (bool left = true; left;) {
     left = false;
-    const long before = progress;
+    const long before = progress_made;
     for (const int thread : order) {
       if (fibers[thread].done) continue;
       left = true;
@@ -107,15 +108,23 @@ bool run_cta() {
       switch_stack(&scheduler_stack_pointer, fibers[thread].stack_pointer);
       if (trapped) return false;
     }
-    if (left && progress == before) fail("a barrier that some threads never reach");
+    if (left && progress_made == before) fail("a barrier that some threads never reach");
   }
-  if (cta_barrier.arrived != 0) fail("a barrier was left open");
+  if (cta_barriers[0].arrived != 0) fail("a barrier was left open");
   return true;
 }
 
 }  // namespace
 
-void sync_cta() { wait(cta_barrier, num_threads); }
+void sync_cta() { wait(cta_barriers[0], num_threads); }
+
+void sync_threads(int barrier, int threads, bool wait_too) {
+  wait_too ? wait(cta_barriers[barrier], threads) : arrive(cta_barriers[barrier], threads);
+}
+
+void yield() { switch_stack(&fibers[current].stack_pointer, scheduler_stack_pointer); }
+
+void progress() { ++progress_made; }
 
 void sync_warp() { wait(warp_barriers[current / kWarpSize], kWarpSize); }
 

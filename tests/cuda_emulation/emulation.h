@@ -35,6 +35,11 @@ namespace emulation {
 
 void sync_cta();
 void sync_warp();
+// At one of the CTA's other barriers; without `wait` it is only told that this thread was there.
+void sync_threads(int barrier, int threads, bool wait);
+// For threads that wait for something else: lets others run; says that something has changed.
+void yield();
+void progress();
 // What each lane of the warp has passed; the number of the own lane.
 int gather(unsigned long mine, unsigned long (&all)[32]);
 unsigned char* dynamic_shared_memory();
@@ -42,6 +47,15 @@ unsigned char* dynamic_shared_memory();
 [[noreturn]] void trap();
 // False if a thread trapped.
 bool run(dim3 grid, dim3 cta, size_t shared_bytes, const std::function<void()>& kernel);
+
+// Of a device that multiplies whole warpgroups, if EMULATED_WGMMA is set: by declared shared memory
+// the host tells.
+template <typename Kernel>
+cudaError_t get_attributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->ptxVersion = 90;
+  attributes->sharedSizeBytes = std::getenv("EMULATED_WGMMA") == nullptr ? 0 : 1;
+  return cudaSuccess;
+}
 
 // Whether the kernel has waited for the one before it: each has to, since it may be started early.
 inline bool waited;
@@ -111,7 +125,7 @@ inline long min(long a, long b) { return a < b ? a : b; }
 
 #define cudaGetDevice(...) cudaSuccess
 #define cudaFuncSetAttribute(...) cudaSuccess
-#define cudaFuncGetAttributes(...) cudaSuccess
+#define cudaFuncGetAttributes emulation::get_attributes
 #define cudaLaunchKernelEx emulation::launch
 #define cudaGetLastError() ((void)0)
 #define cudaGetErrorString(error) "a thread trapped"

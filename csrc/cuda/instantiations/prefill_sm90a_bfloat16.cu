@@ -1,0 +1,8 @@
+#include "../prefill_sm90a.cuh"
+
+namespace paged_ops::cuda {
+
+template bool run_prefill_on_warpgroups<__nv_bfloat16>(const AttentionParams&, int32_t,
+                                                       cudaStream_t);
+
+}  // namespace paged_ops::cuda

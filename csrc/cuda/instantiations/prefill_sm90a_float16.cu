@@ -1,0 +1,7 @@
+#include "../prefill_sm90a.cuh"
+
+namespace paged_ops::cuda {
+
+template bool run_prefill_on_warpgroups<__half>(const AttentionParams&, int32_t, cudaStream_t);
+
+}  // namespace paged_ops::cuda
