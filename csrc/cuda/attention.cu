@@ -83,13 +83,14 @@ void run_attention(const AttentionParams& params, const AttentionPlan& plan, con
     return run_portable(params, {plan.splits, memory, scratch.counters}, stream);
   }
   const PieceStore store{memory, scratch.counters, plan.cells};
+  DecodePlan decode = plan.decode;
+  decode.prefill_follows =
+      params.query_start_loc != nullptr && params.num_tokens > decode.max_query_len;
   dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype",
-           [&](auto cache) { run_decode<Element<cache()>>(params, plan.decode, store, stream); });
-  const bool may_have_more =
-      params.query_start_loc != nullptr && params.num_tokens > plan.decode.max_query_len;
-  if (!may_have_more) return;
+           [&](auto cache) { run_decode<Element<cache()>>(params, decode, store, stream); });
+  if (!decode.prefill_follows) return;
   dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype", [&](auto cache) {
-    run_prefill<Element<cache()>>(params, plan.decode.max_query_len + 1, plan.limits, stream);
+    run_prefill<Element<cache()>>(params, decode.max_query_len + 1, plan.limits, stream);
   });
 }
 

@@ -249,6 +249,7 @@ __global__ void __launch_bounds__(
   using Shape = DecodeShape<sizeof(Cache), kHeadSize, kWarps>;
   using Memory = DecodeMemory<Cache, kWarps>;
   wait_for_previous_kernel();
+  if (plan.prefill_follows) let_next_kernel_start();
   __shared__ Memory shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int head = warp & (plan.heads - 1), part = warp >> plan.heads_log2;

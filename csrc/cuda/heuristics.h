@@ -82,6 +82,7 @@ struct DecodePlan {
   int32_t result_rows;          // that fit into a stage
   uint32_t num_shares_inverse;  // 2^32 / num_shares, rounded down
   bool batch_invariant;
+  bool prefill_follows;  // on the same call's other rows: it may start where there is room
 };
 
 // CTAs that run at once on a multiprocessor, and the stages that each has: 2 at least, or the CTA

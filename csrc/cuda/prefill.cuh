@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerMultiprocessor
     prefill_kernel(const __grid_constant__ AttentionParams params,
                    const __grid_constant__ PrefillPlan plan) {
   using Fragments = SharedRows<typename Shape::Cache>;
-  wait_for_previous_kernel();
+  wait_at_last_cta();
   __shared__ PrefillMemory<Shape> shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int first_row = warp * Shape::kWarpRows;
@@ -354,8 +354,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerMultiprocessor
 template <typename Shape>
 void launch_shape(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {
   const PrefillPlan plan = PrefillPlan::of(params, Shape::kCtaRows, min_query_len);
-  launch<prefill_kernel<Shape>>(params.op, {plan.blocks.num_places(params) * params.num_kv_heads},
-                                Shape::kThreads, Shape::kSharedBytes, stream, params, plan);
+  launch<prefill_kernel<Shape>>(params.op, {plan.num_ctas(params)}, Shape::kThreads,
+                                Shape::kSharedBytes, stream, params, plan);
 }
 
 template <typename Cache, int kHeadSize>

@@ -6,6 +6,7 @@
 #include "../params.h"
 #include "division.h"
 #include "heuristics.h"
+#include "ptx.cuh"
 #include "row_blocks.cuh"
 #include "words.h"
 
@@ -26,6 +27,20 @@ struct PrefillPlan {
             Divisor::of(params.group_size()),
             query_word == 16};
   }
+
+  // CTAs of a launch, blocks of one KV head after those of another: one place more than there can
+  // be blocks.
+  int64_t num_ctas(const AttentionParams& params) const {
+    return (blocks.num_places(params) + 1) * params.num_kv_heads;
+  }
 };
+
+// The first statement of a prefill kernel. The decode kernel of the same call is before it, whose
+// CTAs have waited for all that was before, and which writes other rows: no CTA has to wait for it.
+// But what comes after this kernel waits for this one alone, so its last CTA, which has no block,
+// does.
+__device__ inline void wait_at_last_cta() {
+  if (blockIdx.x + 1 == gridDim.x) wait_for_previous_kernel();
+}
 
 }  // namespace paged_ops::cuda

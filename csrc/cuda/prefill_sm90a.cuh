@@ -401,7 +401,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     prefill_warpgroups_kernel(const __grid_constant__ AttentionParams params,
                               const __grid_constant__ PrefillPlan plan) {
 #if PAGED_OPS_SM90A
-  wait_for_previous_kernel();
+  wait_at_last_cta();
   __shared__ WarpgroupMemory<Shape> memory;
   const int kv_head = static_cast<int>(blockIdx.x) % params.num_kv_heads;
   int64_t seq = 0;
@@ -435,8 +435,8 @@ bool launch_prefill_warpgroups(const AttentionParams& params, int32_t min_query_
   constexpr auto kKernel = prefill_warpgroups_kernel<Shape>;
   if (!KernelOnDevice<kKernel>::current(params.op).has_body(params.op)) return false;
   const PrefillPlan plan = PrefillPlan::of(params, Shape::kCtaRows, min_query_len);
-  launch<kKernel>(params.op, {plan.blocks.num_places(params) * params.num_kv_heads},
-                  Shape::kThreads, Shape::kSharedBytes, stream, params, plan);
+  launch<kKernel>(params.op, {plan.num_ctas(params)}, Shape::kThreads, Shape::kSharedBytes, stream,
+                  params, plan);
   return true;
 }
 

@@ -12,12 +12,18 @@ namespace paged_ops::cuda {
 // The first statement of every kernel: `launch` starts it while the one before it on the stream may
 // still run. Waits until that has ended and what it wrote can be read. Devices below compute
 // capability 9.0 start kernels in order.
-//
-// None of them lets the next kernel start before it ends (griddepcontrol.launch_dependents): the
-// CTAs of that one would be placed where there is room, not evenly.
 __device__ inline void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start where there is room, once all CTAs have said so. Without, it starts
+// when this one ends: its CTAs would not be placed evenly, which those of the decode kernel have to
+// be.
+__device__ inline void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -11,6 +11,7 @@
 namespace paged_ops::cuda {
 
 inline void wait_for_previous_kernel() { emulation::waited = true; }
+inline void let_next_kernel_start() {}
 
 using SharedAddress = uintptr_t;
 
