@@ -18,6 +18,7 @@ namespace paged_ops::cpu {
 
 // Keys are visited in tiles of at most this many; tiles and splits start at multiples of it.
 constexpr int kTileKeys = 64;
+constexpr int kKeyStep = 32;  // keys that matrix products take at once, at most
 
 constexpr int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
 
