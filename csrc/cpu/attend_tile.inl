@@ -93,34 +93,42 @@ bool all_finite(const Product<Math, Packed>& product) {
   return reduce_add(all) == 0;
 }
 
+// Calls run(true) if the head is a whole number of vectors of words.
+template <typename Math, typename Run>
+void with_whole(int head_size, Run&& run) {
+  if (head_size % (kLanes * Math::kDepth) == 0) return run(std::true_type());
+  run(std::false_type());
+}
+
+// Values as a product takes them, those outside of `seen` as zeros.
+template <typename Math, typename T>
+void pack_tile_values(const Tile<T>& tile, int64_t head_offset, KeyRange seen, int head_size,
+                      float* packed, Ahead& ahead) {
+  const HeadRows<T> values(tile.values, head_offset, tile.num_keys, seen);
+  with_whole<Math>(head_size, [&](auto whole) {
+    pack_values<Math, whole()>(values, tile.num_keys, head_size, packed, ahead);
+  });
+}
+
 // out = rescale * out + weights x values, values packed first.
 template <typename Math, typename T>
 void add_values(const AttentionParams& params, const Unit& unit, const Tile<T>& tile,
                 int64_t head_offset, bool all_seen, float* packed, Product<Math, Packed> product,
                 Ahead& ahead) {
-  const int num_keys = tile.num_keys, head_size = params.head_size;
-  pack_values<Math>(HeadRows<T>(tile.values, head_offset, num_keys, {0, num_keys}), num_keys,
-                    head_size, packed, ahead);
+  const int head_size = params.head_size;
+  pack_tile_values<Math>(tile, head_offset, {0, tile.num_keys}, head_size, packed, ahead);
   if (all_seen || all_finite(product)) return multiply(product);
   // Some row does not see a value that is not finite, and its weight 0 would not keep it out.
   const int num_rows = product.num_rows;
   product.num_rows = 1;
   for (int i = 0; i < num_rows; ++i) {
     const KeyRange seen = seen_in_tile(params, unit, tile, i / params.group_size());
-    pack_values<Math>(HeadRows<T>(tile.values, head_offset, num_keys, seen), num_keys, head_size,
-                      packed, ahead);
+    pack_tile_values<Math>(tile, head_offset, seen, head_size, packed, ahead);
     multiply_rows(product);
     product.a += product.a_stride;
     product.c += product.c_stride;
     ++product.rescale;
   }
-}
-
-// Calls run(true) if the head is a whole number of vectors of words.
-template <typename Math, typename Run>
-void with_whole(int head_size, Run&& run) {
-  if (head_size % (kLanes * Math::kDepth) == 0) return run(std::true_type());
-  run(std::false_type());
 }
 
 // How often Ahead is asked to fetch while a tile is computed with, about.
@@ -163,7 +171,7 @@ void score_many_rows(const AttentionParams& params, const Tile<T>& tile, int64_t
   pack_keys<Math>(keys, tile.num_keys, params.head_size, space.packed, ahead);
   multiply(Product<Math, Packed>{space.query + first_row * space.query_stride,
                                  space.query_stride,
-                                 {space.packed, kTileKeys},
+                                 {space.packed, kPackedStride},
                                  nullptr,
                                  space.scores,
                                  kTileKeys,

@@ -102,10 +102,9 @@ void plan_ahead(const AttentionParams& params, const Unit& unit, const Tile<T>& 
 }
 
 template <typename Math, typename T>
-void attend_unit(const AttentionParams& params, const Schedule& schedule, int64_t index) {
-  const Unit unit = schedule.unit(index);
+void attend_unit(const AttentionParams& params, const Schedule& schedule, const Unit& unit) {
   const auto space = make_workspace<Math>(params, unit);
-  const typename Math::Tiles tiles_in_use(space.num_rows);
+  const typename Math::Tiles registers(space.num_rows);
   start(params, unit, space);
   arrange_query(Math(), unit, space);
   // Tiles begin at multiples of their size, wherever the unit's keys do.
@@ -152,7 +151,7 @@ RunningSoftmax merge_partials(const Partials& partials, int64_t first, int64_t n
 }
 
 void merge_sequence(const AttentionParams& params, const Schedule& schedule, int64_t seq) {
-  const Cut cut = cut_sequence(params, seq);
+  const Cut cut = cut_sequence(params, kBlocking, seq);
   if (cut.num_splits == 1) return;
   const int64_t width = padded_head_size(params.head_size);
   float sums[padded_head_size(kMaxHeadSize)];
@@ -188,11 +187,16 @@ void write_padding(const AttentionParams& params) {
 // MathOf<T>: the arithmetic for a cache of T.
 template <template <typename> class MathOf>
 void attention(const AttentionParams& params) {
-  const Schedule schedule(params);
+  const Schedule schedule(params, kBlocking);
   with_cache_type(params.cache_dtype, [&](auto type) {
     using T = decltype(type);
     for_each_unit(schedule.num_units(), schedule.max_threads(), [&](int64_t index) {
-      attend_unit<typename MathOf<T>::type, T>(params, schedule, index);
+      const Unit unit = schedule.unit(index);
+      using Math = typename MathOf<T>::type;
+      if (unit.num_tokens * params.group_size() < Math::kLeastRows) {
+        return attend_unit<typename Math::OfFewerRows, T>(params, schedule, unit);
+      }
+      attend_unit<Math, T>(params, schedule, unit);
     });
   });
   if (schedule.has_splits()) {

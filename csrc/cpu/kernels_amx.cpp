@@ -23,6 +23,12 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,fma,f16c")
 #include "vec_amx.h"
 
+namespace paged_ops::cpu {
+namespace {
+constexpr Blocking kBlocking{256, 256, 1 << 19};
+}  // namespace
+}  // namespace paged_ops::cpu
+
 #include "attention.inl"
 #include "cache.inl"
 #include "tile_amx.inl"

@@ -21,6 +21,8 @@ struct Float32Math {
   static constexpr int kKeyMultiple = kLanes;      // keys that a tile is padded to
   static constexpr int kFewRows = 2 * kBlockRows;  // for which keys and values are not packed
   static constexpr bool kPacksValues = false;      // of few rows too
+  static constexpr int kLeastRows = 0;             // with fewer another arithmetic is faster
+  using OfFewerRows = Float32Math;
   using Tiles = NoTiles;
 
   static Vec broadcast_word(const float* p) { return broadcast(*p); }
@@ -71,14 +73,14 @@ void pack_keys(const HeadRows<T>& keys, int num_keys, int head_size, float* pack
       }
       ahead.fetch();
       transpose(square);
-      float* const corner = packed + first / Math::kDepth * kTileKeys + key;
-      for (int i = 0; i < kLanes; ++i) store(corner + i * kTileKeys, square[i]);
+      float* const corner = packed + first / Math::kDepth * kPackedStride + key;
+      for (int i = 0; i < kLanes; ++i) store(corner + i * kPackedStride, square[i]);
     }
   }
 }
 
 // packed[word, column], a word holding kDepth consecutive keys.
-template <typename Math, typename T>
+template <typename Math, bool kWhole, typename T>
 void pack_values(const HeadRows<T>& values, int num_keys, int head_size, float* packed,
                  Ahead& ahead) {
   constexpr int kVectors = Math::kColumns / kLanes;
@@ -88,7 +90,8 @@ void pack_values(const HeadRows<T>& values, int num_keys, int head_size, float* 
     for (int column = 0; column < head_size; column += Math::kColumns) {
       ahead.fetch();
       Vec words[kVectors];
-      Math::load_values(&values.row[key], column, head_size, words);
+      const int columns_end = kWhole ? column + Math::kColumns : head_size;
+      Math::load_values(&values.row[key], column, columns_end, words);
       for (int i = 0; i < kVectors; ++i) store(packed + column + i * kLanes, words[i]);
     }
   }

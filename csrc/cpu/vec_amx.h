@@ -55,6 +55,8 @@ struct AmxMath : BFloat16Math {
   static constexpr int kKeyMultiple = 2 * kTileWords;
   static constexpr int kFewRows = kTileRows;
   static constexpr bool kPacksValues = true;
+  static constexpr int kLeastRows = 3;
+  using OfFewerRows = BFloat16Math;
   using Tiles = AmxTiles;
 };
 

@@ -14,6 +14,8 @@ struct BFloat16Math {
   static constexpr int kKeyMultiple = kLanes;
   static constexpr int kFewRows = 2 * kBlockRows;
   static constexpr bool kPacksValues = false;
+  static constexpr int kLeastRows = 0;
+  using OfFewerRows = BFloat16Math;
   using Tiles = NoTiles;
 
   static Vec broadcast_word(const BFloat16* p) {

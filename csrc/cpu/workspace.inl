@@ -62,7 +62,7 @@ int64_t carve_workspace(const AttentionParams& params, const Unit& unit, void* b
   carver.carve(space.rescale, space.head_rows);
   carver.carve(space.scores, space.head_rows * kTileKeys);
   carver.carve(space.weights, space.head_rows * kTileKeys);
-  carver.carve(space.packed, kTileKeys * space.out_stride);
+  carver.carve(space.packed, kPackedStride * space.out_stride);
   carver.carve(space.query_words, unit.num_kv_heads * query_words<Math>(params));
   return carver.used();
 }
@@ -90,6 +90,10 @@ void start(const AttentionParams& params, const Unit& unit, const Workspace<Elem
         const int64_t head = (unit.first_kv_head + kv_head) * group_size + i % group_size;
         const Query* const source =
             query + token * params.query_stride_token + head * params.query_stride_head;
+        if (std::is_same_v<Query, Element> && stride == params.head_size) {
+          std::memcpy(row, source, stride * sizeof(Element));
+          continue;
+        }
         for (int d = 0; d < stride; d += kLanes) {
           store(row + d, load(source + d, params.head_size - d), stride - d);
         }
