@@ -34,6 +34,14 @@ struct Ahead {
     left -= pace_bytes;
     if (left <= 0) advance();
   }
+  // At once, where nothing is computed meanwhile.
+  void fetch_all() const {
+    for (int i = 0; i < num_runs; ++i) {
+      for (int64_t at = 0; at < runs[i].size; at += kLine) {
+        __builtin_prefetch(runs[i].begin + at, 0, 2);
+      }
+    }
+  }
   void advance() {
     if (run == num_runs) return;
     next = runs[run].begin;

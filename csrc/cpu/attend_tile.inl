@@ -53,7 +53,7 @@ KeyRange seen_in_tile(const AttentionParams& params, const Unit& unit, const Til
 template <typename Math, typename T>
 bool softmax_rows(const AttentionParams& params, const Unit& unit, const Tile<T>& tile,
                   int64_t kv_head, const Workspace<typename Math::Element>& space,
-                  RunningSoftmax* running) {
+                  RunningSoftmax* running, Ahead& ahead) {
   const int64_t group_size = params.group_size(), head = unit.first_kv_head + kv_head;
   const Scoring scoring = make_scoring(params, static_cast<int>(head));
   const int num_vectors =
@@ -71,7 +71,7 @@ bool softmax_rows(const AttentionParams& params, const Unit& unit, const Tile<T>
         row.slope = params.alibi_slopes[head * group_size + member] * kLog2E;
       }
       space.rescale[i] = softmax_row<Math>(scoring, row, space.scores + i * kTileKeys, num_vectors,
-                                           space.weights + i * kTileKeys, running[i]);
+                                           space.weights + i * kTileKeys, running[i], ahead);
     }
   }
   return all_seen;
@@ -171,7 +171,7 @@ void score_many_rows(const AttentionParams& params, const Tile<T>& tile, int64_t
   pack_keys<Math>(keys, tile.num_keys, params.head_size, space.packed, ahead);
   multiply(Product<Math, Packed>{space.query + first_row * space.query_stride,
                                  space.query_stride,
-                                 {space.packed, kPackedStride},
+                                 {space.packed, kPackedStride, &ahead},
                                  nullptr,
                                  space.scores,
                                  kTileKeys,
@@ -205,7 +205,7 @@ void add_tile(const AttentionParams& params, const Unit& unit, const Tile<T>& ti
     }
   }
   add_values(params, unit, tile, offset, all_seen, space.packed,
-             sum_of(Packed{space.packed, space.out_stride}), ahead);
+             sum_of(Packed{space.packed, space.out_stride, &ahead}), ahead);
 }
 
 template <typename Math, typename T>
@@ -219,7 +219,7 @@ void attend_tile(const AttentionParams& params, const Unit& unit, const Tile<T>&
     score_many_rows<Math>(params, tile, key_offset, first_row, space, ahead);
   }
   const bool all_seen =
-      softmax_rows<Math>(params, unit, tile, kv_head, space, space.running + first_row);
+      softmax_rows<Math>(params, unit, tile, kv_head, space, space.running + first_row, ahead);
   add_tile<Math>(params, unit, tile, head * params.value_cache.stride_head, first_row, all_seen,
                  space, ahead);
 }

@@ -111,6 +111,11 @@ void attend_unit(const AttentionParams& params, const Schedule& schedule, const 
   int64_t key = unit.keys.begin / unit.tile_keys * unit.tile_keys;
   Tile<T> tiles[2];
   locate(params, unit, key, tiles[0]);
+  if (unit.num_kv_heads > 1) {
+    Ahead first;
+    plan_ahead(params, unit, tiles[0], first);
+    first.fetch_all();
+  }
   for (int i = 0; key < unit.keys.end; i = 1 - i) {
     key += unit.tile_keys;
     locate(params, unit, key, tiles[1 - i]);

@@ -25,7 +25,7 @@
 
 namespace paged_ops::cpu {
 namespace {
-constexpr Blocking kBlocking{256, 256, 1 << 19};
+constexpr Blocking kBlocking{256, 256, 1 << 18};
 }  // namespace
 }  // namespace paged_ops::cpu
 

@@ -82,7 +82,7 @@ inline bool only_scaled(const Scoring& scoring, const Row& row, int num_keys) {
 // returns the factor by which what was summed before has to shrink.
 template <typename Math>
 float softmax_row(const Scoring& scoring, const Row& row, float* scores, int num_vectors,
-                  typename Math::Element* weights, RunningSoftmax& running) {
+                  typename Math::Element* weights, RunningSoftmax& running, Ahead& ahead) {
   const bool scaled = only_scaled(scoring, row, num_vectors * kLanes);
   Vec best = broadcast(-kInfinity);
   for (int i = 0; i < num_vectors; ++i) {
@@ -103,6 +103,7 @@ float softmax_row(const Scoring& scoring, const Row& row, float* scores, int num
     const Vec weight =
         exp2(multiply_add(load(scores + i * kLanes), broadcast(factor), broadcast(-reference)));
     sum = add(sum, weight);
+    ahead.fetch();
     Math::store_weights(weights + i * kLanes, weight);
   }
   const float rescale = running.max == new_max ? 1.0f : std::exp2(running.max - reference);

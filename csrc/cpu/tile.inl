@@ -87,8 +87,8 @@ void pack_values(const HeadRows<T>& values, int num_keys, int head_size, float* 
   const int64_t width = padded_head_size(head_size);
   const int end = static_cast<int>(round_up(num_keys, Math::kKeyMultiple));
   for (int key = 0; key < end; key += Math::kDepth, packed += width) {
+    ahead.fetch();
     for (int column = 0; column < head_size; column += Math::kColumns) {
-      ahead.fetch();
       Vec words[kVectors];
       const int columns_end = kWhole ? column + Math::kColumns : head_size;
       Math::load_values(&values.row[key], column, columns_end, words);
@@ -150,6 +150,7 @@ template <int kRows, bool kWhole, typename Math, typename T>
 struct Packed {
   const float* data;
   int64_t stride;
+  Ahead* ahead;
 
   template <int kColumns>
   void load_row(int word, int column, Vec (&row)[kColumns]) const {
@@ -157,7 +158,7 @@ struct Packed {
       row[i] = load(data + word * stride + (column + i) * kLanes);
     }
   }
-  void meanwhile() const {}
+  void meanwhile() const { ahead->fetch(); }
 };
 
 // Values as they lie in the cache: for so few rows that packing them would not pay.

@@ -29,9 +29,11 @@ inline void multiply_tiles(const Product<AmxMath, Packed>& p, int row, int colum
     _tile_loadd(4, a, a_bytes);
     _tile_loadd(6, b, b_bytes);
     _tile_dpbf16ps(0, 4, 6);
+    p.b.meanwhile();
     if constexpr (kTwoColumns) {
       _tile_loadd(7, b + kLanes, b_bytes);
       _tile_dpbf16ps(1, 4, 7);
+      p.b.meanwhile();
     }
     if constexpr (kTwoRows) {
       _tile_loadd(5, a + kTileRows * p.a_stride, a_bytes);
@@ -177,8 +179,9 @@ void score_few_rows(AmxMath, const AttentionParams& params, const Tile<BFloat16>
 
 int64_t num_steps(AmxMath, const AttentionParams& params, const Unit& unit, int num_rows) {
   const int64_t keys = round_up(unit.tile_keys, AmxMath::kKeyMultiple);
-  const int64_t heads = divide_up(params.head_size, AmxMath::kHeadMultiple);
-  return unit.num_kv_heads * heads * (keys / kTileRows + keys / 2);
+  const int64_t steps = divide_up(params.head_size, AmxMath::kHeadMultiple);
+  const int64_t products = 2 * steps * keys / kTileRows;
+  return unit.num_kv_heads * (products + keys / 2 + num_rows * keys / kLanes);
 }
 
 }  // namespace
