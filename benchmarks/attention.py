@@ -39,7 +39,7 @@ from reads import copies, reads
 from report import OURS, Result, Table, machine, print_case, print_summary, write_json, write_png
 from timing import Call, cuda_graph, host_seconds, in_turn, interleaved, median_ms
 
-COLD_BYTES = {"cuda": 600e6, "cpu": 200e6}  # several times the last cache
+COLD_BYTES = {"cuda": 600e6, "cpu": 1200e6}  # several times the last cache
 REPLAY_BYTES = 2e9  # in one CUDA graph: its launch is then not seen
 
 Contenders = dict[str, list[Call]]
@@ -125,7 +125,7 @@ def timed_us(
 
 def measure(case: Case, device: torch.device, rounds: int, flex: bool) -> Table:
     torch.manual_seed(0)
-    count = min(32, max(2, math.ceil(COLD_BYTES[device.type] / case.kv_bytes)))
+    count = min(40, max(2, math.ceil(COLD_BYTES[device.type] / case.kv_bytes)))
     if case.write:
         rows = [make_rows(case, device) for _ in range(count)]
         (calls, results), ceilings = write_contenders(rows), {"copy": copies(rows)}

@@ -1,11 +1,11 @@
 #include "checker.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
-#include <vector>
 
 namespace paged_ops {
 namespace {
@@ -29,9 +29,14 @@ std::string device_name(const Tensor& tensor) {
   return (tensor.is_cuda() ? "cuda:" : "device:") + index;
 }
 
-bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
-         a.get_device_index() == b.get_device_index();
+Device device_of(const Tensor& tensor) {
+  Device device{};
+  if (!tensor.defined()) return device;
+  if (aoti_torch_get_device_type(tensor.get(), &device.type) != AOTI_TORCH_SUCCESS) {
+    throw std::logic_error("paged_ops: a tensor without a device; please report this");
+  }
+  device.index = tensor.get_device_index();
+  return device;
 }
 
 const char* dtype_name(ScalarType type) {
@@ -74,15 +79,16 @@ std::string expected_shape(std::initializer_list<Size*> sizes) {
 std::pair<const char*, const char*> span(const Tensor& tensor) {
   const char* begin = static_cast<const char*>(tensor.const_data_ptr());
   if (tensor.numel() == 0) return {begin, begin};
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t last = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
   return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
 }
 
 }  // namespace
 
 Checker::Checker(const char* op, const char* anchor_name, const Tensor& anchor)
-    : op_(op), anchor_name_(anchor_name), anchor_(anchor) {}
+    : op_(op), anchor_name_(anchor_name), anchor_(anchor), anchor_device_(device_of(anchor)) {}
 
 void Checker::fail(const char* name, const std::string& expected, const std::string& got) const {
   throw std::runtime_error(std::string("paged::") + op_ + ": " + name + " must " + expected +
@@ -91,7 +97,9 @@ void Checker::fail(const char* name, const std::string& expected, const std::str
 
 void Checker::device(const char* name, const Tensor& tensor) const {
   if (!tensor.defined()) fail(name, "be a tensor", "None");
-  if (same_device(tensor, anchor_)) return;
+  if (&tensor == &anchor_) return;
+  const Device device = device_of(tensor);
+  if (device.type == anchor_device_.type && device.index == anchor_device_.index) return;
   fail(name, "be on " + device_name(anchor_) + " like " + anchor_name_, device_name(tensor));
 }
 
@@ -108,24 +116,26 @@ void Checker::dtype(const char* name, const Tensor& tensor,
 
 void Checker::shape(const char* name, const Tensor& tensor,
                     std::initializer_list<Size*> sizes) const {
-  bool matches = tensor.dim() == static_cast<int64_t>(sizes.size());
-  int64_t dim = 0;
+  const auto got = tensor.sizes();
+  bool matches = got.size() == sizes.size();
+  size_t dim = 0;
   for (Size* size : sizes) {
-    matches = matches && (size->bound_by == nullptr || size->value == tensor.size(dim));
+    matches = matches && (size->bound_by == nullptr || size->value == got[dim]);
     ++dim;
   }
-  if (!matches) fail(name, expected_shape(sizes), bracketed(tensor.sizes()));
+  if (!matches) fail(name, expected_shape(sizes), bracketed(got));
   dim = 0;
   for (Size* size : sizes) {
-    if (size->bound_by == nullptr) *size = {size->name, tensor.size(dim), name};
+    if (size->bound_by == nullptr) *size = {size->name, got[dim], name};
     ++dim;
   }
 }
 
 void Checker::unit_stride(const char* name, const Tensor& tensor) const {
-  const int64_t last = tensor.dim() - 1;
-  if (tensor.size(last) <= 1 || tensor.stride(last) == 1) return;
-  fail(name, "have stride 1 in its last dimension", "strides " + bracketed(tensor.strides()));
+  const auto strides = tensor.strides();
+  const size_t last = strides.size() - 1;
+  if (strides[last] == 1 || tensor.size(static_cast<int64_t>(last)) <= 1) return;
+  fail(name, "have stride 1 in its last dimension", "strides " + bracketed(strides));
 }
 
 void Checker::contiguous(const char* name, const Tensor& tensor) const {
@@ -135,16 +145,18 @@ void Checker::contiguous(const char* name, const Tensor& tensor) const {
 
 void Checker::distinct_elements(const char* name, const Tensor& tensor) const {
   if (tensor.numel() == 0) return;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::array<std::pair<int64_t, int64_t>, 5> dims;  // (stride, size); no argument has more
+  size_t count = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1) dims[count++] = {strides[d], sizes[d]};
   }
-  std::sort(dims.begin(), dims.end());
+  std::sort(dims.begin(), dims.begin() + count);
   int64_t reach = 0;  // the furthest offset the smaller strides arrive at
-  for (const auto& [stride, size] : dims) {
+  for (size_t i = 0; i < count; ++i) {
+    const auto [stride, size] = dims[i];
     if (stride <= reach) {
-      fail(name, "not overlap itself, since it is written",
-           "strides " + bracketed(tensor.strides()));
+      fail(name, "not overlap itself, since it is written", "strides " + bracketed(strides));
     }
     reach += stride * (size - 1);
   }

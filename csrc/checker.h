@@ -27,6 +27,13 @@ struct Size {
   const char* bound_by = nullptr;  // the argument it was first seen in
 };
 
+struct Device {
+  int32_t type;
+  int32_t index;
+};
+
+// Each question to a tensor is a call through the C interface of torch, so sizes and strides are
+// asked for once, not one by one.
 class Checker {
  public:
   // Every tensor that is checked has to be on the device of `anchor`.
@@ -52,6 +59,7 @@ class Checker {
   const char* op_;
   const char* anchor_name_;
   const Tensor& anchor_;
+  const Device anchor_device_;
 };
 
 DType to_dtype(ScalarType type);

@@ -69,9 +69,10 @@ void check_kv_cache(const Checker& check, const Tensor& kv_cache, Sizes& sizes) 
 // K is half 0 and V is half 1 of a kv_cache.
 template <typename Pointer>
 CacheHalf<Pointer> half_of(const Tensor& kv_cache, int64_t half) {
-  const int64_t offset = half * kv_cache.stride(1) * static_cast<int64_t>(kv_cache.element_size());
+  const auto strides = kv_cache.strides();
+  const int64_t offset = half * strides[1] * static_cast<int64_t>(kv_cache.element_size());
   char* const data = static_cast<char*>(kv_cache.data_ptr()) + offset;
-  return {data, kv_cache.stride(0), kv_cache.stride(2), kv_cache.stride(3)};
+  return {data, strides[0], strides[2], strides[3]};
 }
 
 void check_index(const Checker& check, const char* name, const Tensor& tensor, ScalarType type,

@@ -3,16 +3,39 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
+#include <stdexcept>
 #include <tuple>
 
 #include "checks.h"
 
 namespace paged_ops {
 
+// Contiguous tensors where `query` is, past the dispatcher, which would cost a microsecond.
+inline Tensor new_tensor(const Tensor& query, int64_t dims, const int64_t* strides, int32_t dtype) {
+  int32_t device_type = 0;
+  AtenTensorHandle made = nullptr;
+  if (aoti_torch_get_device_type(query.get(), &device_type) != AOTI_TORCH_SUCCESS ||
+      aoti_torch_empty_strided(dims, query.sizes().data(), strides, dtype, device_type,
+                               query.get_device_index(), &made) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("paged_ops: no memory for the result");
+  }
+  return Tensor(made);
+}
+
+inline Tensor new_out(const Tensor& query) {
+  const auto sizes = query.sizes();
+  const int64_t strides[] = {sizes[1] * sizes[2], sizes[2], 1};
+  int32_t dtype = 0;
+  if (aoti_torch_get_dtype(query.get(), &dtype) != AOTI_TORCH_SUCCESS) {
+    throw std::logic_error("paged_ops: a tensor without a dtype; please report this");
+  }
+  return new_tensor(query, 3, strides, dtype);
+}
+
 inline Tensor new_lse(const Tensor& query) {
-  return torch::stable::new_empty(query, {query.size(0), query.size(1)}, ScalarType::Float);
+  const int64_t strides[] = {query.size(1), 1};
+  return new_tensor(query, 2, strides, aoti_torch_dtype_float32());
 }
 
 template <typename Backend>
@@ -25,7 +48,7 @@ Tensor attention(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
   AttentionParams params = check_attention(
       "attention", query, kv_cache, block_table, seq_lens, query_start_loc,
       {scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale, batch_invariant});
-  const Tensor out = torch::stable::new_empty(query, query.sizes());
+  const Tensor out = new_out(query);
   set_out(params, out);
   Backend::run(params, query);
   return out;
@@ -40,7 +63,7 @@ std::tuple<Tensor, Tensor> attention_lse(
   AttentionParams params = check_attention(
       "attention_lse", query, kv_cache, block_table, seq_lens, query_start_loc,
       {scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale, batch_invariant});
-  const Tensor out = torch::stable::new_empty(query, query.sizes());
+  const Tensor out = new_out(query);
   const Tensor lse = new_lse(query);
   set_out(params, out);
   set_lse(params, lse);
@@ -91,7 +114,7 @@ template <typename Backend>
 std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a,
                                         const Tensor& out_b, const Tensor& lse_b) {
   MergeStatesParams params = check_merge_states(out_a, lse_a, out_b, lse_b);
-  const Tensor out = torch::stable::new_empty(out_a, out_a.sizes());
+  const Tensor out = new_out(out_a);
   const Tensor lse = new_lse(out_a);
   set_merged(params, out, lse);
   Backend::run(params, out_a);

@@ -56,11 +56,48 @@ def check_random_configurations() -> None:
         assert_accurate(lse, expected_lse, inputs.query.dtype)
 
 
-def test_every_instruction_set():
+def check_row_counts() -> None:
+    """Rows of a KV head, which decide how keys are multiplied, over blocks of whole and of broken
+    tiles."""
+    for group_size, query_len in (
+        (1, 1),
+        (3, 1),
+        (5, 1),
+        (8, 2),
+        (17, 1),
+        (4, 8),
+        (3, 11),
+        (2, 65),
+    ):
+        for block_size, head_size, window in (
+            (16, 128, -1),
+            (32, 96, 41),
+            (16, 80, 41),
+            (5, 64, -1),
+        ):
+            case = Case(
+                seq_lens=(200, 70),
+                query_lens=(query_len, query_len),
+                num_heads=2 * group_size,
+                num_kv_heads=2,
+                head_size=head_size,
+                block_size=block_size,
+                dtype=torch.bfloat16,
+                window=window,
+            )
+            inputs = make_inputs(case)
+            out, lse = ops.attention_lse(*inputs.args, **inputs.options)
+            expected_out, expected_lse = expected(inputs)
+            assert_accurate(out, expected_out, case.dtype)
+            assert_accurate(lse, expected_lse, case.dtype)
+
+
+@pytest.mark.parametrize("check", ["check_random_configurations", "check_row_counts"])
+def test_every_instruction_set(check):
     names = re.findall(r"\w+", refusal().split("must be one of:")[1].split(";")[0])
     assert names[-1] == "scalar"
     for name in names:
-        result = run_with(name, "import test_cpu_kernels as t; t.check_random_configurations()")
+        result = run_with(name, f"import test_cpu_kernels as t; t.{check}()")
         assert result.returncode == 0, f"{name}: {result.stderr[-2000:]}"
 
 

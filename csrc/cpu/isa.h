@@ -11,7 +11,7 @@ namespace paged_ops::cpu {
 // names something that is unknown or that this machine lacks.
 const Kernels& kernels();
 
-// What this machine can run, best first: "avx512bf16 avx512 avx2 scalar".
+// What this machine can run, best first: "amx avx512bf16 avx512 avx2 scalar".
 std::string supported_kernels();
 
 }  // namespace paged_ops::cpu

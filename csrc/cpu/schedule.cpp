@@ -7,10 +7,8 @@
 namespace paged_ops::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 128;        // K and V are repacked once for this many rows
 constexpr int64_t kFewRows = 32;          // up to here reading the cache costs more than arithmetic
 constexpr int64_t kStateBytes = 1 << 19;  // accumulators that stay in a second-level cache
-constexpr int64_t kKvBytes = 1 << 17;     // K and V of one tile, likewise; the next is prefetched
 constexpr int64_t kSplitKeys = 512;       // few rows: about two megabytes of cache
 constexpr int64_t kSplitKeysManyRows = 2048;
 constexpr int64_t kMaxSplits = 64;            // bounds the memory of the partial results
@@ -29,11 +27,11 @@ int64_t element_size(DType dtype) {
   return 4;
 }
 
-int32_t choose_tile_keys(const AttentionParams& params) {
+int32_t choose_tile_keys(const AttentionParams& params, const Blocking& blocking) {
   const int64_t token_bytes =
       2 * int64_t{params.num_kv_heads} * params.head_size * element_size(params.cache_dtype);
-  int32_t tile_keys = kTileKeys;
-  while (tile_keys > 16 && tile_keys * token_bytes > kKvBytes) tile_keys /= 2;
+  int32_t tile_keys = blocking.tile_keys;
+  while (tile_keys > 16 && tile_keys * token_bytes > blocking.tile_bytes) tile_keys /= 2;
   return tile_keys;
 }
 
@@ -44,20 +42,20 @@ KeyRange keys_between(const AttentionParams& params, int64_t seq_len, int64_t fi
           visible_keys(params, seq_len, last).end};
 }
 
-void choose_splits(Cut& cut, bool few_rows) {
+void choose_splits(Cut& cut, const Blocking& blocking, bool few_rows) {
   const int64_t num_keys = cut.keys.end - cut.keys.begin;
   cut.split_keys = std::max<int64_t>(num_keys, 1);
   if (few_rows || cut.num_tiles == 1) {
     const int64_t shortest = few_rows ? kSplitKeys : kSplitKeysManyRows;
     cut.split_keys =
-        std::max(shortest, round_up((num_keys + kMaxSplits - 1) / kMaxSplits, kTileKeys));
+        std::max(shortest, round_up((num_keys + kMaxSplits - 1) / kMaxSplits, blocking.tile_keys));
   }
   cut.num_splits = std::max<int64_t>((num_keys + cut.split_keys - 1) / cut.split_keys, 1);
 }
 
 }  // namespace
 
-Cut cut_sequence(const AttentionParams& params, int64_t seq) {
+Cut cut_sequence(const AttentionParams& params, const Blocking& blocking, int64_t seq) {
   Cut cut{};
   const int32_t* const start = params.query_start_loc;
   cut.first_token = start == nullptr ? seq : start[seq];
@@ -65,22 +63,23 @@ Cut cut_sequence(const AttentionParams& params, int64_t seq) {
   cut.seq_len = params.seq_lens[seq];
 
   const int64_t group_size = params.group_size();
-  cut.tile_tokens = std::max<int64_t>(kTileRows / group_size, 1);
+  cut.tile_tokens = std::max<int64_t>(blocking.tile_rows / group_size, 1);
   cut.num_tiles = (cut.query_len + cut.tile_tokens - 1) / cut.tile_tokens;
   const int64_t rows = std::min(cut.query_len, cut.tile_tokens) * group_size;
   const int64_t state_bytes =
       rows * params.num_kv_heads * padded_head_size(params.head_size) * int64_t{sizeof(float)};
   const bool few_rows = rows <= kFewRows && state_bytes <= kStateBytes;
   cut.unit_kv_heads = few_rows ? params.num_kv_heads : 1;
-  cut.tile_keys = few_rows ? choose_tile_keys(params) : kTileKeys;
+  cut.tile_keys = few_rows ? choose_tile_keys(params, blocking) : blocking.tile_keys;
 
   cut.keys = keys_between(params, cut.seq_len, cut.seq_len - cut.query_len, cut.seq_len - 1);
-  cut.keys.begin = cut.keys.begin / kTileKeys * kTileKeys;
-  choose_splits(cut, few_rows);
+  cut.keys.begin = cut.keys.begin / blocking.tile_keys * blocking.tile_keys;
+  choose_splits(cut, blocking, few_rows);
   return cut;
 }
 
-Schedule::Schedule(const AttentionParams& params) : params_(params) {
+Schedule::Schedule(const AttentionParams& params, const Blocking& blocking)
+    : params_(params), blocking_(blocking) {
   const int64_t num_bounds = params.num_seqs + 1;
   first_unit_ =
       static_cast<int64_t*>(scratch(Scratch::kSchedule, 2 * num_bounds * sizeof(int64_t)));
@@ -88,7 +87,7 @@ Schedule::Schedule(const AttentionParams& params) : params_(params) {
   first_unit_[0] = first_partial_[0] = 0;
   int64_t work = 0;
   for (int64_t seq = 0; seq < params.num_seqs; ++seq) {
-    const Cut cut = cut_sequence(params, seq);
+    const Cut cut = cut_sequence(params, blocking, seq);
     const int64_t num_partials =
         cut.num_splits > 1 ? cut.query_len * params.num_heads * cut.num_splits : 0;
     first_unit_[seq + 1] = first_unit_[seq] + cut.num_units(params);
@@ -111,7 +110,7 @@ void Schedule::allocate_partials(int64_t num_partials) {
 Unit Schedule::unit(int64_t index) const {
   const int64_t seq =
       std::upper_bound(first_unit_, first_unit_ + params_.num_seqs, index) - first_unit_ - 1;
-  const Cut cut = cut_sequence(params_, seq);
+  const Cut cut = cut_sequence(params_, blocking_, seq);
   int64_t rest = index - first_unit_[seq];
   const int64_t split = rest % cut.num_splits;
   rest /= cut.num_splits;

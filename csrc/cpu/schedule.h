@@ -16,8 +16,11 @@
 
 namespace paged_ops::cpu {
 
-// Keys are visited in tiles of at most this many; tiles and splits start at multiples of it.
-constexpr int kTileKeys = 64;
+// Keys are visited in tiles of at most this many.
+constexpr int kTileKeys = 256;
+// The stride of packed keys, an odd number of lines: no two rows meet in one set of a cache.
+constexpr int kPackedStride = kTileKeys + 16;
+constexpr int kKeyStep = 32;  // keys that matrix products take at once, at most
 
 constexpr int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
 
@@ -27,6 +30,13 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 
 // The stride of rows of head_size floats: of packed values, accumulators and partial results.
 constexpr int64_t padded_head_size(int64_t head_size) { return round_up(head_size, 32); }
+
+// How much of a sequence an instruction set works on at once, by what its processors' caches hold.
+struct Blocking {
+  int64_t tile_rows;   // of a query tile: K and V are repacked once for so many
+  int32_t tile_keys;   // at most kTileKeys; splits start at multiples of it
+  int64_t tile_bytes;  // K and V of a tile for few rows, in a second-level cache beside the next
+};
 
 // The keys that a query token sees: [begin, end).
 struct KeyRange {
@@ -50,7 +60,7 @@ struct Cut {
   int64_t num_tiles;
   int32_t unit_kv_heads;  // KV heads of one unit
   int32_t tile_keys;
-  KeyRange keys;  // of all its tokens together, from a multiple of kTileKeys
+  KeyRange keys;  // of all its tokens together, from a multiple of Blocking::tile_keys
   int64_t split_keys;
   int64_t num_splits;
 
@@ -58,7 +68,7 @@ struct Cut {
     return num_tiles * (params.num_kv_heads / unit_kv_heads) * num_splits;
   }
 };
-Cut cut_sequence(const AttentionParams& params, int64_t seq);
+Cut cut_sequence(const AttentionParams& params, const Blocking& blocking, int64_t seq);
 
 struct Unit {
   int64_t seq;
@@ -84,7 +94,7 @@ struct Partials {
 
 class Schedule {
  public:
-  explicit Schedule(const AttentionParams& params);
+  Schedule(const AttentionParams& params, const Blocking& blocking);
 
   int64_t num_units() const { return first_unit_[params_.num_seqs]; }
   Unit unit(int64_t index) const;
@@ -101,6 +111,7 @@ class Schedule {
   void allocate_partials(int64_t num_partials);
 
   const AttentionParams& params_;
+  const Blocking blocking_;
   int64_t* first_unit_;     // [num_seqs + 1]
   int64_t* first_partial_;  // [num_seqs + 1]
   Partials partials_;

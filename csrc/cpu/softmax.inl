@@ -14,14 +14,14 @@ inline Vec polynomial(Vec x, const float* coefficients, int degree) {
   return sum;
 }
 
-// 2^x for x <= 127, relative error 1.1e-7; 0 below 2^-127, NaN for NaN.
+// 2^x for x <= 127, relative error 1.1e-7; 0 for x = -inf, NaN for NaN.
 inline Vec exp2(Vec x) {
   // Least maximum error on [-1/2, 1/2] among those that are exact at 0.
   constexpr float kCoefficients[] = {1.0f,          0.693147004f,   0.240222424f,
                                      0.0555073358f, 0.00967151299f, 0.00132647238f};
-  x = max(broadcast(-127.0f), x);
+  x = max(broadcast(kLeastExponent), x);
   const Vec whole = round(x);
-  return mul(polynomial(sub(x, whole), kCoefficients, 5), power_of_two(whole));
+  return times_power_of_two(polynomial(sub(x, whole), kCoefficients, 5), whole);
 }
 
 // Near 0, where (1 - e^-2|x|) / (1 + e^-2|x|) would cancel, the series.
@@ -72,25 +72,38 @@ inline Vec score(Vec product, const Scoring& scoring, const Row& row, int key) {
   return begin <= 0 && end >= kLanes ? x : select(begin, end, x, broadcast(-kInfinity));
 }
 
+// Whether scores of a tile are q . k times a factor and no more: that can wait for the exponential.
+inline bool only_scaled(const Scoring& scoring, const Row& row, int num_keys) {
+  return scoring.softcap == 0 && scoring.scale > 0 && row.slope == 0 && row.seen.begin == 0 &&
+         row.seen.end == num_keys;
+}
+
 // Turns num_vectors vectors of q . k into weights, 0 where the row does not see the key, and
 // returns the factor by which what was summed before has to shrink.
 template <typename Math>
 float softmax_row(const Scoring& scoring, const Row& row, float* scores, int num_vectors,
-                  typename Math::Element* weights, RunningSoftmax& running) {
+                  typename Math::Element* weights, RunningSoftmax& running, Ahead& ahead) {
+  const bool scaled = only_scaled(scoring, row, num_vectors * kLanes);
   Vec best = broadcast(-kInfinity);
   for (int i = 0; i < num_vectors; ++i) {
-    const Vec x = score(load(scores + i * kLanes), scoring, row, i * kLanes);
-    store(scores + i * kLanes, x);
+    Vec x = load(scores + i * kLanes);
+    if (!scaled) {
+      x = score(x, scoring, row, i * kLanes);
+      store(scores + i * kLanes, x);
+    }
     best = max(best, x);
   }
-  const float tile_max = reduce_max(best);
+  const float factor = scaled ? scoring.scale : 1.0f;
+  const float tile_max = reduce_max(best) * factor;
   const float new_max = tile_max > running.max ? tile_max : running.max;
   // A row that has seen nothing yet: -inf - 0, where -inf - -inf would be NaN.
   const float reference = new_max == -kInfinity ? 0.0f : new_max;
   Vec sum = zero();
   for (int i = 0; i < num_vectors; ++i) {
-    const Vec weight = exp2(sub(load(scores + i * kLanes), broadcast(reference)));
+    const Vec weight =
+        exp2(multiply_add(load(scores + i * kLanes), broadcast(factor), broadcast(-reference)));
     sum = add(sum, weight);
+    ahead.fetch();
     Math::store_weights(weights + i * kLanes, weight);
   }
   const float rescale = running.max == new_max ? 1.0f : std::exp2(running.max - reference);

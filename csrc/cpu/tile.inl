@@ -14,8 +14,16 @@ namespace {
 // The arithmetic of a cache of any type in float32.
 struct Float32Math {
   using Element = float;
-  static constexpr int kDepth = 1;         // elements of a word
-  static constexpr int kColumns = kLanes;  // of values that are packed at a time
+  static constexpr int kDepth = 1;                 // elements of a word
+  static constexpr int kColumns = kLanes;          // of values that are packed at a time
+  static constexpr int kHeadMultiple = 1;          // elements that a head is padded to
+  static constexpr int kRowMultiple = 1;           // rows, where there are more than these
+  static constexpr int kKeyMultiple = kLanes;      // keys that a tile is padded to
+  static constexpr int kFewRows = 2 * kBlockRows;  // for which keys and values are not packed
+  static constexpr bool kPacksValues = false;      // of few rows too
+  static constexpr int kLeastRows = 0;             // with fewer another arithmetic is faster
+  using OfFewerRows = Float32Math;
+  using Tiles = NoTiles;
 
   static Vec broadcast_word(const float* p) { return broadcast(*p); }
   static Vec multiply_add_words(Vec a, Vec b, Vec c) { return multiply_add(a, b, c); }
@@ -34,55 +42,6 @@ struct Float32Math {
   }
 };
 
-// Fetches the memory of the next tile, some lines at a time, wherever this one is computed with. A
-// processor has some twenty fetches under way at once: evenly spread, in the order of memory, they
-// come for free; in bursts they hold up what is computed meanwhile.
-struct Ahead {
-  static constexpr int kLine = 64;
-  static constexpr int kMaxRuns = 1024;  // what is beyond is not fetched
-  struct Run {
-    const char* begin;
-    int64_t size;
-  };
-
-  Run runs[kMaxRuns];
-  int num_runs = 0;
-  int run = 0;
-  int64_t pace_bytes = 0;
-  int64_t total = 0;
-  const char* next = nullptr;
-  int64_t left = 0;
-
-  // To be called `steps` times altogether.
-  void start(int64_t steps) {
-    pace_bytes = (total + steps * kLine - 1) / (steps * kLine) * kLine;
-    advance();
-  }
-  inline void fetch() {
-    if (left <= 0) return;
-    const char* const end = next + pace_bytes;
-    for (; next != end; next += kLine) __builtin_prefetch(next, 0, 2);
-    left -= pace_bytes;
-    if (left <= 0) advance();
-  }
-  void advance() {
-    if (run == num_runs) return;
-    next = runs[run].begin;
-    left = runs[run].size;
-    ++run;
-  }
-  // Joins the run before if it follows it without a gap.
-  void add(const void* begin, int64_t size) {
-    const char* const data = static_cast<const char*>(begin);
-    total += size;
-    if (num_runs > 0 && runs[num_runs - 1].begin + runs[num_runs - 1].size == data) {
-      runs[num_runs - 1].size += size;
-    } else if (num_runs < kMaxRuns) {
-      runs[num_runs++] = {data, size};
-    }
-  }
-};
-
 alignas(64) constexpr unsigned char kZeroRow[kMaxHeadSize * sizeof(float)] = {};
 
 // One head's keys or values of a tile, a row each. Keys that do not count are a row of zeros: their
@@ -92,10 +51,10 @@ struct HeadRows {
   const T* row[kTileKeys];
 
   // Of `num_keys` rows given for head 0, null where there is none, those in `range`; the others,
-  // and those up to a whole number of vectors, are zeros.
+  // and those up to a multiple of kKeyStep, are zeros.
   HeadRows(const T* const* rows, int64_t head_offset, int num_keys, KeyRange range) {
     const T* const zeros = reinterpret_cast<const T*>(kZeroRow);
-    const int end = static_cast<int>(round_up(num_keys, kLanes));
+    const int end = static_cast<int>(round_up(num_keys, kKeyStep));
     for (int key = 0; key < end; ++key) {
       const bool counts = (range.begin <= key) & (key < range.end) & (rows[key] != nullptr);
       row[key] = counts ? rows[key] + head_offset : zeros;
@@ -114,21 +73,25 @@ void pack_keys(const HeadRows<T>& keys, int num_keys, int head_size, float* pack
       }
       ahead.fetch();
       transpose(square);
-      float* const corner = packed + first / Math::kDepth * kTileKeys + key;
-      for (int i = 0; i < kLanes; ++i) store(corner + i * kTileKeys, square[i]);
+      float* const corner = packed + first / Math::kDepth * kPackedStride + key;
+      for (int i = 0; i < kLanes; ++i) store(corner + i * kPackedStride, square[i]);
     }
   }
 }
 
 // packed[word, column], a word holding kDepth consecutive keys.
-template <typename Math, typename T>
-void pack_values(const HeadRows<T>& values, int num_keys, int head_size, float* packed) {
+template <typename Math, bool kWhole, typename T>
+void pack_values(const HeadRows<T>& values, int num_keys, int head_size, float* packed,
+                 Ahead& ahead) {
   constexpr int kVectors = Math::kColumns / kLanes;
   const int64_t width = padded_head_size(head_size);
-  for (int key = 0; key < num_keys; key += Math::kDepth, packed += width) {
+  const int end = static_cast<int>(round_up(num_keys, Math::kKeyMultiple));
+  for (int key = 0; key < end; key += Math::kDepth, packed += width) {
+    ahead.fetch();
     for (int column = 0; column < head_size; column += Math::kColumns) {
       Vec words[kVectors];
-      Math::load_values(&values.row[key], column, head_size, words);
+      const int columns_end = kWhole ? column + Math::kColumns : head_size;
+      Math::load_values(&values.row[key], column, columns_end, words);
       for (int i = 0; i < kVectors; ++i) store(packed + column + i * kLanes, words[i]);
     }
   }
@@ -187,6 +150,7 @@ template <int kRows, bool kWhole, typename Math, typename T>
 struct Packed {
   const float* data;
   int64_t stride;
+  Ahead* ahead;
 
   template <int kColumns>
   void load_row(int word, int column, Vec (&row)[kColumns]) const {
@@ -194,7 +158,7 @@ struct Packed {
       row[i] = load(data + word * stride + (column + i) * kLanes);
     }
   }
-  void meanwhile() const {}
+  void meanwhile() const { ahead->fetch(); }
 };
 
 // Values as they lie in the cache: for so few rows that packing them would not pay.
@@ -275,11 +239,16 @@ void multiply_columns(const Product<Math, Right>& p, int row, int column) {
 
 // In blocks of kRows, what is left in smaller ones.
 template <int kRows = kBlockRows, typename Math, typename Right>
-void multiply(const Product<Math, Right>& p, int row = 0) {
+void multiply_rows(const Product<Math, Right>& p, int row = 0) {
   for (; p.num_rows - row >= kRows; row += kRows) {
     multiply_columns<kRows, kBlockColumns>(p, row, 0);
   }
-  if constexpr (kRows > 1) multiply<kRows / 2>(p, row);
+  if constexpr (kRows > 1) multiply_rows<kRows / 2>(p, row);
+}
+
+template <typename Math, typename Right>
+void multiply(const Product<Math, Right>& p) {
+  multiply_rows(p);
 }
 
 }  // namespace

@@ -87,9 +87,10 @@ inline Vec select_less(Vec x, Vec bound, Vec a, Vec b) {
 inline Vec round(Vec x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline Vec power_of_two(Vec n) {
+constexpr float kLeastExponent = -127;
+inline Vec times_power_of_two(Vec x, Vec n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  return mul(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 
 inline float reduce_add(Vec x) {

@@ -9,6 +9,14 @@ struct BFloat16Math {
   using Element = BFloat16;
   static constexpr int kDepth = 2;
   static constexpr int kColumns = 2 * kLanes;
+  static constexpr int kHeadMultiple = 2;
+  static constexpr int kRowMultiple = 1;
+  static constexpr int kKeyMultiple = kLanes;
+  static constexpr int kFewRows = 2 * kBlockRows;
+  static constexpr bool kPacksValues = false;
+  static constexpr int kLeastRows = 0;
+  using OfFewerRows = BFloat16Math;
+  using Tiles = NoTiles;
 
   static Vec broadcast_word(const BFloat16* p) {
     int32_t word;

@@ -88,9 +88,12 @@ constexpr float kRoundingShift = 12582912.0f;
 inline Vec round(Vec x) {
   return map([&](int i) { return (x.lane[i] + kRoundingShift) - kRoundingShift; });
 }
-// 2^n for integers from -127, where the result is 0, to 127.
-inline Vec power_of_two(Vec n) {
-  return map([&](int i) { return as_float((as_bits(n.lane[i] + kRoundingShift) + 127) << 23); });
+// x * 2^n for 1/2 < x < 2 and integers n from kLeastExponent, where the result is 0, to 127.
+constexpr float kLeastExponent = -127;
+inline Vec times_power_of_two(Vec x, Vec n) {
+  return map([&](int i) {
+    return x.lane[i] * as_float((as_bits(n.lane[i] + kRoundingShift) + 127) << 23);
+  });
 }
 
 inline float reduce_add(Vec x) {

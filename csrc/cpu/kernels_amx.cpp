@@ -1,0 +1,57 @@
+// The kernels for AMX with bfloat16 tiles.
+#if defined(__x86_64__)
+
+// GCC 12 takes the undefined operand inside its own intrinsics for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "elements.h"
+#include "kernels.h"
+#include "schedule.h"
+#include "threads.h"
+
+// From here on, and for nothing that is included above, the compiler may use these instructions.
+// All that follows lies in anonymous namespaces: no other file can come to share its code.
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,fma,f16c")
+#include "vec_amx.h"
+
+namespace paged_ops::cpu {
+namespace {
+constexpr Blocking kBlocking{256, 256, 1 << 18};
+}  // namespace
+}  // namespace paged_ops::cpu
+
+#include "attention.inl"
+#include "cache.inl"
+#include "tile_amx.inl"
+
+namespace paged_ops::cpu {
+namespace {
+
+template <typename>
+struct MathOf {
+  using type = Float32Math;
+};
+template <>
+struct MathOf<BFloat16> {
+  using type = AmxMath;
+};
+
+}  // namespace
+
+extern const Kernels kAmxKernels;
+const Kernels kAmxKernels{"amx", attention<MathOf>, write_kv, copy_blocks, merge_states};
+
+}  // namespace paged_ops::cpu
+
+#pragma GCC pop_options
+
+#endif
