@@ -231,8 +231,8 @@ class DenseAttention(Attention):
 
 def with_attention(model: Decoder, kind: type[Attention]) -> Decoder:
     """The same decoder and the same weights, with another attention."""
+    other = Decoder.without_weights(model.config, model.frequencies.device)
     with torch.device("meta"):
-        other = Decoder(model.config)
         for layer in other.layers:
             layer.attention = kind(model.config)
     other.load_state_dict(model.state_dict(), assign=True)

@@ -111,9 +111,8 @@ def _stretch_low_frequencies(frequencies: Tensor, scaling: Mapping[str, Any]) ->
     return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
-def rotation_at(positions: Tensor, config: Config) -> Rotation:
+def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
     """What turns the channels of tokens at these positions, int64 [T]."""
-    frequencies = rope_frequencies(config, positions.device)
     angles = positions[:, None, None] * frequencies  # [T, 1, D / 2]
     cos, sin = angles.cos(), angles.sin()
     return Rotation(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
@@ -191,17 +190,35 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The whole model: from token ids to the logits of each sequence's next token."""
+    """The whole model: from token ids to the logits of each sequence's next token.
+
+    Attributes:
+        frequencies: what rope_frequencies gives, float32 whatever the weights are. Not computed in
+            each step: a compiled one had a kernel for it that reads nothing, and such a kernel does
+            not wait for the one before it where kernels are launched early.
+    """
+
+    frequencies: Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        frequencies = rope_frequencies(config, torch.device("cpu"))
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
+
+    @classmethod
+    def without_weights(cls, config: Config, device: torch.device) -> Decoder:
+        """A model for this device whose weights take no memory until they are assigned."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.frequencies = model.frequencies.to(device)
+        return model.requires_grad_(False)
 
     def forward(self, tokens: Tensor, caches: Sequence[Tensor], batch: Batch) -> Tensor:
         """Write the tokens' keys and values to the caches and predict what follows.
@@ -215,7 +232,7 @@ class Decoder(nn.Module):
         Returns:
             float32 [S, V]: the logits after the last token of each sequence.
         """
-        rotation = rotation_at(batch.positions, self.config)
+        rotation = rotation_at(batch.positions, self.frequencies)
         x = self.embedding(tokens)  # [T, E]
         for layer, kv_cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotation, kv_cache, batch)

@@ -67,8 +67,7 @@ def load(path: Path | None, dtype: torch.dtype, device: torch.device) -> Checkpo
     """
     source = open_source(path or find_default())
     config = read_config(source.fields)
-    with torch.device("meta"):  # no memory until the weights arrive
-        model = Decoder(config)
+    model = Decoder.without_weights(config, device)
     state = read_weights(source, config, dtype, device)
     model.load_state_dict(state, assign=True)
     if config.tied_embeddings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 
 import torch
-from decoder import Config, Decoder, RMSNorm
+from decoder import Config, Decoder, RMSNorm, rope_frequencies
 from load import Checkpoint, CheckpointError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -68,6 +68,7 @@ def random_decoder(
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     model = model.to_empty(device=device).requires_grad_(False)
+    model.frequencies = rope_frequencies(config, device)
     for module in model.modules():
         match module:
             case RMSNorm():

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from decoder import Decoder
-from random_models import SHAPES
+from random_models import SHAPES, random_decoder
 
 from paged_ops import OutOfBlocks, PagedAttentionManager
 from paged_ops.manager import Batch
@@ -242,11 +242,6 @@ class Server:
                 self.running.remove(request)
 
 
-def random_model(device: torch.device, dtype: torch.dtype) -> Decoder:
-    torch.manual_seed(0)
-    return Decoder(SHAPES["tiny"]).to(device, dtype).requires_grad_(False)
-
-
 def random_requests(arguments: argparse.Namespace, vocab_size: int) -> list[Request]:
     """Ragged prompts after one system prompt, arriving at random times."""
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -305,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     if options.model is None:
-        model = random_model(device, dtype)
+        model = random_decoder(SHAPES["tiny"], dtype, device)
     else:
         from load import load
 

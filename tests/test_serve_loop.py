@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from decoder import Decoder
-from serve_loop import Request, Server, main, parse_arguments, random_model, random_requests
+from random_models import SHAPES, random_decoder
+from serve_loop import Request, Server, main, parse_arguments, random_requests
 
 from paged_ops import PagedAttentionManager
 
@@ -20,7 +21,7 @@ def _no_grad():
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:
-    return random_model(CPU, torch.float32)
+    return random_decoder(SHAPES["tiny"], torch.float32, CPU)
 
 
 def manager_for(model: Decoder, num_blocks: int, **options) -> PagedAttentionManager:
