@@ -12,6 +12,8 @@ namespace {
 
 constexpr size_t kArenaCounters = 1 << 20;
 
+constexpr size_t kMostKept = 16 << 20;  // bytes of scratch memory for a stream
+
 int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
   require_success("attention", cudaDeviceGetAttribute(&value, name, device));
@@ -91,8 +93,9 @@ class StreamMemory {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto& [memory, size] = by_stream_[stream];
     if (size < bytes) {
+      const Relaxed relaxed;
       void* larger = nullptr;
-      const size_t wanted = std::max(bytes, 2 * size);
+      const size_t wanted = std::min(std::max(bytes, 2 * size), kMostKept);
       if (cudaMalloc(&larger, wanted) != cudaSuccess) {
         cudaGetLastError();
         return nullptr;
@@ -129,9 +132,8 @@ unsigned* zeroed_counters(size_t count, int device, cudaStream_t stream) {
 }
 
 void* stream_memory(size_t bytes, int device, cudaStream_t stream) {
-  constexpr size_t kMost = 16 << 20;
   static StreamMemory memory[kMaxDevices];
-  if (bytes == 0 || bytes > kMost || is_capturing(stream)) return nullptr;
+  if (bytes == 0 || bytes > kMostKept || is_capturing(stream)) return nullptr;
   return memory[device].of(stream, bytes);
 }
 
