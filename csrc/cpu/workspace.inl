@@ -60,7 +60,8 @@ int64_t carve_workspace(const AttentionParams& params, const Unit& unit, void* b
   carver.carve(space.out, all_rows * space.out_stride);
   carver.carve(space.running, all_rows);
   carver.carve(space.rescale, space.head_rows);
-  carver.carve(space.scores, space.head_rows * kTileKeys);
+  // Rows that are stored sixteen at a time may be fewer.
+  carver.carve(space.scores, round_up(space.head_rows, 16) * kTileKeys);
   carver.carve(space.weights, space.head_rows * kTileKeys);
   carver.carve(space.packed, kPackedStride * space.out_stride);
   carver.carve(space.query_words, unit.num_kv_heads * query_words<Math>(params));
