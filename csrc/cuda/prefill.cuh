@@ -114,7 +114,7 @@ class KeyTiles {
     if (!is_needed()) return;
     const int32_t key = key_of_thread(tile);
     const bool present = key >= memory_.keys.begin && key < memory_.keys.end;
-    if (present) block_ = memory_.blocks[plan_.block_size.quotient(key)];
+    if (present) block_ = load_fresh(memory_.blocks + plan_.block_size.quotient(key));
   }
 
   // Puts down where the token that was looked up lies.
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerMultiprocessor
     prefill_kernel(const __grid_constant__ AttentionParams params,
                    const __grid_constant__ PrefillPlan plan) {
   using Fragments = SharedRows<typename Shape::Cache>;
-  wait_at_last_cta();
+  wait_where_needed(plan);
   __shared__ PrefillMemory<Shape> shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int first_row = warp * Shape::kWarpRows;
@@ -348,6 +348,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerMultiprocessor
                 Fragments::value_row(stage + Shape::kHalfBytes, Shape::kPitch, lane), first_key,
                 masked, lane);
   }
+  wait_for_copies<0>();  // of the tile after the last, which is zeros
   rows.write(params, block, first_row, lane);
 }
 

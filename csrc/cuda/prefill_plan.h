@@ -36,11 +36,12 @@ struct PrefillPlan {
 };
 
 // The first statement of a prefill kernel. The decode kernel of the same call is before it, whose
-// CTAs have waited for all that was before, and which writes other rows: no CTA has to wait for it.
-// But what comes after this kernel waits for this one alone, so its last CTA, which has no block,
-// does.
-__device__ inline void wait_at_last_cta() {
-  if (blockIdx.x + 1 == gridDim.x) wait_for_previous_kernel();
+// CTAs have waited for all that was before, and which writes other rows: no CTA has to wait for it,
+// as long as what may have been written shortly before is read past the first-level cache, which a
+// query in small pieces is not. But what comes after this kernel waits for this one alone, so its
+// last CTA, which has no block, does.
+__device__ inline void wait_where_needed(const PrefillPlan& plan) {
+  if (!plan.wide_query || blockIdx.x + 1 == gridDim.x) wait_for_previous_kernel();
 }
 
 }  // namespace paged_ops::cuda

@@ -179,7 +179,7 @@ class TileProducer {
   __device__ void look_up(int tile) {
     const int32_t key = key_of_lane(tile);
     const bool present = key >= tiles_.keys.begin && key < tiles_.keys.end;
-    block_ = present ? blocks_[plan_.block_size.quotient(key)] : -1;
+    block_ = present ? load_fresh(blocks_ + plan_.block_size.quotient(key)) : -1;
   }
 
   // Of the row of the token that has been looked up; negative: there is none.
@@ -401,7 +401,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     prefill_warpgroups_kernel(const __grid_constant__ AttentionParams params,
                               const __grid_constant__ PrefillPlan plan) {
 #if PAGED_OPS_SM90A
-  wait_at_last_cta();
+  wait_where_needed(plan);
   __shared__ WarpgroupMemory<Shape> memory;
   const int kv_head = static_cast<int>(blockIdx.x) % params.num_kv_heads;
   int64_t seq = 0;

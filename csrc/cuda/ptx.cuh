@@ -1,5 +1,5 @@
-// One wrapper for each PTX instruction that has no intrinsic. But for the first, all of them are
-// there from sm_80 on.
+// One wrapper for each PTX instruction that has no intrinsic. But for the first two, all of them
+// are there from sm_80 on.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,9 +9,9 @@
 
 namespace paged_ops::cuda {
 
-// The first statement of every kernel: `launch` starts it while the one before it on the stream may
-// still run. Waits until that has ended and what it wrote can be read. Devices below compute
-// capability 9.0 start kernels in order.
+// The first statement of every kernel (but see wait_where_needed): `launch` starts it while the one
+// before it on the stream may still run. Waits until that has ended and what it wrote can be read.
+// Devices below compute capability 9.0 start kernels in order.
 __device__ inline void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -25,6 +25,12 @@ __device__ inline void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Past the first-level cache, where a kernel that does not wait may find what was there before.
+template <typename Word>
+__device__ Word load_fresh(const Word* from) {
+  return __ldcg(from);
 }
 
 // An address in shared memory, in bytes.

@@ -10,6 +10,7 @@
 
 #include "../params.h"
 #include "division.h"
+#include "ptx.cuh"
 #include "row_scores.cuh"
 
 namespace paged_ops::cuda {
@@ -39,8 +40,8 @@ struct RowBlocks {
                          int64_t* sequence) const {
     const int64_t seq = last_at_or_before(params, place);
     if (seq < 0) return RowBlock{};
-    const int32_t start = params.query_start_loc[seq];
-    const int32_t query_len = params.query_start_loc[seq + 1] - start;
+    const int32_t start = load_fresh(params.query_start_loc + seq);
+    const int32_t query_len = load_fresh(params.query_start_loc + seq + 1) - start;
     if (query_len < min_query_len.value) return RowBlock{};
     const int32_t num_rows = query_len * (params.num_heads / params.num_kv_heads);
     const int32_t num_blocks = ((num_rows - 1) >> rows_log2) + 1;
@@ -48,7 +49,7 @@ struct RowBlocks {
     if (from_last >= num_blocks) return RowBlock{};
     *sequence = seq;
     const int32_t first_row = (num_blocks - 1 - static_cast<int32_t>(from_last)) << rows_log2;
-    return {start,   query_len, params.seq_lens[seq],
+    return {start,   query_len, load_fresh(params.seq_lens + seq),
             kv_head, first_row, min(1 << rows_log2, num_rows - first_row)};
   }
 
@@ -59,7 +60,7 @@ struct RowBlocks {
     int64_t above = params.num_seqs;
     while (below < above) {
       const int64_t middle = (below + above) / 2;
-      if (first_place(params, middle, params.query_start_loc[middle]) <= place) {
+      if (first_place(params, middle, load_fresh(params.query_start_loc + middle)) <= place) {
         below = middle + 1;
       } else {
         above = middle;

@@ -12,6 +12,10 @@ namespace paged_ops::cuda {
 
 inline void wait_for_previous_kernel() { emulation::waited = true; }
 inline void let_next_kernel_start() {}
+template <typename Word>
+Word load_fresh(const Word* from) {
+  return *from;
+}
 
 using SharedAddress = uintptr_t;
 
