@@ -52,6 +52,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether `matvec` computes x [T, E] times the transpose of weight [N, E]."""
     num_rows, num_columns = weight.shape
     fits = num_rows % 2 == 0 and num_columns % 1024 == 0
+    fits = fits and x.is_contiguous() and weight.is_contiguous()
     return x.shape[0] == 1 and x.is_cuda and fits and triton is not None
 
 
@@ -59,15 +60,17 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 def matvec(x: Tensor, weight: Tensor) -> Tensor:
     """The product of x [1, E] and the transpose of weight [N, E]: [1, N], summed in float32.
 
-    Both are contiguous and of one dtype; N is even, E a multiple of 1024.
+    Both are contiguous and of one dtype; N is even, E a multiple of 1024. Nothing that is still on
+    its way on the stream may write the weights: they are read before the kernel waits.
     """
     num_rows, num_columns = weight.shape
     out = x.new_empty(1, num_rows)
     rows, columns, warps = tile_of(num_columns)
     early = starts_early(x.device)
-    matvec_kernel[(num_rows // rows,)](
-        *(x, weight, out, num_columns, rows, columns, early), num_warps=warps, launch_pdl=early
-    )
+    with torch.cuda.device(x.device):
+        matvec_kernel[(num_rows // rows,)](
+            *(x, weight, out, num_columns, rows, columns, early), num_warps=warps, launch_pdl=early
+        )
     return out
 
 
