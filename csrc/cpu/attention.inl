@@ -156,7 +156,7 @@ RunningSoftmax merge_partials(const Partials& partials, int64_t first, int64_t n
 }
 
 void merge_sequence(const AttentionParams& params, const Schedule& schedule, int64_t seq) {
-  const Cut cut = cut_sequence(params, kBlocking, seq);
+  const Cut cut = schedule.cut_sequence(seq);
   if (cut.num_splits == 1) return;
   const int64_t width = padded_head_size(params.head_size);
   float sums[padded_head_size(kMaxHeadSize)];
@@ -190,7 +190,7 @@ void write_padding(const AttentionParams& params) {
 }
 
 // MathOf<T>: the arithmetic for a cache of T.
-template <template <typename> class MathOf>
+template <template <typename> class MathOf, const Blocking& kBlocking = kVectorBlocking>
 void attention(const AttentionParams& params) {
   const Schedule schedule(params, kBlocking);
   with_cache_type(params.cache_dtype, [&](auto type) {

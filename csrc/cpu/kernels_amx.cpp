@@ -23,18 +23,14 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,fma,f16c")
 #include "vec_amx.h"
 
-namespace paged_ops::cpu {
-namespace {
-constexpr Blocking kBlocking{256, 256, 1 << 18};
-}  // namespace
-}  // namespace paged_ops::cpu
-
 #include "attention.inl"
 #include "cache.inl"
 #include "tile_amx.inl"
 
 namespace paged_ops::cpu {
 namespace {
+
+constexpr Blocking kBlocking{256, 256, 1 << 18};
 
 template <typename>
 struct MathOf {
@@ -48,7 +44,7 @@ struct MathOf<BFloat16> {
 }  // namespace
 
 extern const Kernels kAmxKernels;
-const Kernels kAmxKernels{"amx", attention<MathOf>, write_kv, copy_blocks, merge_states};
+const Kernels kAmxKernels{"amx", attention<MathOf, kBlocking>, write_kv, copy_blocks, merge_states};
 
 }  // namespace paged_ops::cpu
 

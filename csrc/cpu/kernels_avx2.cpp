@@ -18,12 +18,6 @@
 #pragma GCC target("avx2,fma,f16c")
 #include "vec_avx2.h"
 
-namespace paged_ops::cpu {
-namespace {
-constexpr Blocking kBlocking{128, 64, 1 << 17};
-}  // namespace
-}  // namespace paged_ops::cpu
-
 #include "attention.inl"
 #include "cache.inl"
 

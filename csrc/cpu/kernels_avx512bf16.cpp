@@ -23,12 +23,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")
 #include "vec_avx512bf16.h"
 
-namespace paged_ops::cpu {
-namespace {
-constexpr Blocking kBlocking{128, 64, 1 << 17};
-}  // namespace
-}  // namespace paged_ops::cpu
-
 #include "attention.inl"
 #include "cache.inl"
 

@@ -9,12 +9,6 @@
 #include "threads.h"
 #include "vec_scalar.h"
 
-namespace paged_ops::cpu {
-namespace {
-constexpr Blocking kBlocking{128, 64, 1 << 17};
-}  // namespace
-}  // namespace paged_ops::cpu
-
 // The algorithms, over the vectors above.
 #include "attention.inl"
 #include "cache.inl"

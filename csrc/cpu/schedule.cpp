@@ -55,7 +55,9 @@ void choose_splits(Cut& cut, const Blocking& blocking, bool few_rows) {
 
 }  // namespace
 
-Cut cut_sequence(const AttentionParams& params, const Blocking& blocking, int64_t seq) {
+Cut Schedule::cut_sequence(int64_t seq) const {
+  const AttentionParams& params = params_;
+  const Blocking& blocking = blocking_;
   Cut cut{};
   const int32_t* const start = params.query_start_loc;
   cut.first_token = start == nullptr ? seq : start[seq];
@@ -87,7 +89,7 @@ Schedule::Schedule(const AttentionParams& params, const Blocking& blocking)
   first_unit_[0] = first_partial_[0] = 0;
   int64_t work = 0;
   for (int64_t seq = 0; seq < params.num_seqs; ++seq) {
-    const Cut cut = cut_sequence(params, blocking, seq);
+    const Cut cut = cut_sequence(seq);
     const int64_t num_partials =
         cut.num_splits > 1 ? cut.query_len * params.num_heads * cut.num_splits : 0;
     first_unit_[seq + 1] = first_unit_[seq] + cut.num_units(params);
@@ -110,7 +112,7 @@ void Schedule::allocate_partials(int64_t num_partials) {
 Unit Schedule::unit(int64_t index) const {
   const int64_t seq =
       std::upper_bound(first_unit_, first_unit_ + params_.num_seqs, index) - first_unit_ - 1;
-  const Cut cut = cut_sequence(params_, blocking_, seq);
+  const Cut cut = cut_sequence(seq);
   int64_t rest = index - first_unit_[seq];
   const int64_t split = rest % cut.num_splits;
   rest /= cut.num_splits;

@@ -37,6 +37,7 @@ struct Blocking {
   int32_t tile_keys;   // at most kTileKeys; splits start at multiples of it
   int64_t tile_bytes;  // K and V of a tile for few rows, in a second-level cache beside the next
 };
+inline constexpr Blocking kVectorBlocking{128, 64, 1 << 17};  // where all is done in vectors
 
 // The keys that a query token sees: [begin, end).
 struct KeyRange {
@@ -68,7 +69,6 @@ struct Cut {
     return num_tiles * (params.num_kv_heads / unit_kv_heads) * num_splits;
   }
 };
-Cut cut_sequence(const AttentionParams& params, const Blocking& blocking, int64_t seq);
 
 struct Unit {
   int64_t seq;
@@ -96,6 +96,7 @@ class Schedule {
  public:
   Schedule(const AttentionParams& params, const Blocking& blocking);
 
+  Cut cut_sequence(int64_t seq) const;
   int64_t num_units() const { return first_unit_[params_.num_seqs]; }
   Unit unit(int64_t index) const;
 

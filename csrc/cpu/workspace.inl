@@ -15,7 +15,7 @@ struct Workspace {
   float* out;               // [num_kv_heads, head_rows, out_stride], unnormalised
   RunningSoftmax* running;  // [num_kv_heads, head_rows]
   float* rescale;           // [head_rows]
-  float* scores;            // [head_rows, kTileKeys]
+  float* scores;            // [head_rows, kTileKeys], for kRowMultiple rows at least
   Element* weights;         // [head_rows, kTileKeys]
   float* packed;            // keys, then values
   float* query_words;       // what arrange_query makes of the query, if anything
@@ -60,8 +60,7 @@ int64_t carve_workspace(const AttentionParams& params, const Unit& unit, void* b
   carver.carve(space.out, all_rows * space.out_stride);
   carver.carve(space.running, all_rows);
   carver.carve(space.rescale, space.head_rows);
-  // Rows that are stored sixteen at a time may be fewer.
-  carver.carve(space.scores, round_up(space.head_rows, 16) * kTileKeys);
+  carver.carve(space.scores, round_up(space.head_rows, Math::kRowMultiple) * kTileKeys);
   carver.carve(space.weights, space.head_rows * kTileKeys);
   carver.carve(space.packed, kPackedStride * space.out_stride);
   carver.carve(space.query_words, unit.num_kv_heads * query_words<Math>(params));
