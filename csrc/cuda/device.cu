@@ -11,7 +11,6 @@ namespace paged_ops::cuda {
 namespace {
 
 constexpr size_t kArenaCounters = 1 << 20;
-
 constexpr size_t kMostKept = 16 << 20;  // bytes of scratch memory for a stream
 
 int attribute(cudaDeviceAttr name, int device) {
@@ -29,12 +28,6 @@ class Relaxed {
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
-
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  require_success("attention", cudaStreamIsCapturing(stream, &status));
-  return status != cudaStreamCaptureStatusNone;
-}
 
 unsigned* new_zeros(size_t count) {
   const Relaxed relaxed;
@@ -125,15 +118,21 @@ DeviceLimits device_limits(int device) {
   return limits[device];
 }
 
-unsigned* zeroed_counters(size_t count, int device, cudaStream_t stream) {
-  static Counters counters[kMaxDevices];
-  Counters& here = counters[device];
-  return is_capturing(stream) ? here.unshared(count) : here.of_stream(stream, count);
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  require_success("attention", cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
 }
 
-void* stream_memory(size_t bytes, int device, cudaStream_t stream) {
+unsigned* zeroed_counters(size_t count, int device, cudaStream_t stream, bool capturing) {
+  static Counters counters[kMaxDevices];
+  Counters& here = counters[device];
+  return capturing ? here.unshared(count) : here.of_stream(stream, count);
+}
+
+void* stream_memory(size_t bytes, int device, cudaStream_t stream, bool capturing) {
   static StreamMemory memory[kMaxDevices];
-  if (bytes == 0 || bytes > kMostKept || is_capturing(stream)) return nullptr;
+  if (bytes == 0 || bytes > kMostKept || capturing) return nullptr;
   return memory[device].of(stream, bytes);
 }
 

@@ -62,14 +62,17 @@ struct Cuda {
     const Place place(anchor);
     check_values(params, place.stream());
     const AttentionPlan plan = plan_attention(params, device_limits(place.device()));
-    unsigned* const counters = zeroed_counters(plan.num_counters, place.device(), place.stream());
-    if (void* const kept = stream_memory(plan.scratch_bytes, place.device(), place.stream())) {
-      return run_attention(params, plan, {kept, counters}, place.stream());
+    const int device = place.device();
+    const cudaStream_t stream = place.stream();
+    const bool capturing = is_capturing(stream);
+    unsigned* const counters = zeroed_counters(plan.num_counters, device, stream, capturing);
+    if (void* const kept = stream_memory(plan.scratch_bytes, device, stream, capturing)) {
+      return run_attention(params, plan, {kept, counters}, stream);
     }
     // This memory may be given back before the kernel has run: what gets it runs later on the
     // stream.
-    const Tensor scratch = new_bytes(plan.scratch_bytes, place.device());
-    run_attention(params, plan, {scratch.mutable_data_ptr(), counters}, place.stream());
+    const Tensor scratch = new_bytes(plan.scratch_bytes, device);
+    run_attention(params, plan, {scratch.mutable_data_ptr(), counters}, stream);
   }
   static void run(const WriteKvParams& params, const Tensor& anchor) {
     const Place place(anchor);
