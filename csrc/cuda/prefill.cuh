@@ -66,9 +66,7 @@ struct PrefillMemory {
   TokenAddresses tokens[2][Shape::kKeys];  // of a tile, in turn
   TokenAddresses head;                     // of slot 0 of block 0
   const int32_t* blocks;                   // the sequence's row of the block table
-  KeyRange keys;                           // that some row of the block sees
-  int32_t first_tile;
-  int32_t num_tiles;
+  TileRange<Shape::kKeys> tiles;
   RowBlock block;
   RowKeys row_keys[Shape::kWarps];
   float query_scales[Shape::kCtaRows];  // of a query that has been narrowed
@@ -95,25 +93,18 @@ class KeyTiles {
     };
     memory_.head = {address(params_.key_cache), address(params_.value_cache)};
     memory_.blocks = params_.block_table + seq * params_.block_table_stride;
-    const KeyRange keys = RowKeys::of(params_, block, 0, block.num_rows).any;
-    const int32_t first_tile = keys.begin / Shape::kKeys;
-    memory_.keys = keys;
-    memory_.first_tile = first_tile;
-    memory_.num_tiles = keys.begin < keys.end ? (keys.end - 1) / Shape::kKeys - first_tile + 1 : 0;
+    memory_.tiles = TileRange<Shape::kKeys>::of(params_, block);
   }
 
-  __device__ int count() const { return memory_.num_tiles; }
-
-  __device__ int32_t first_key(int tile) const {
-    return (memory_.first_tile + tile) * Shape::kKeys;
-  }
+  __device__ int count() const { return memory_.tiles.count; }
+  __device__ int32_t first_key(int tile) const { return memory_.tiles.first_key(tile); }
 
   // Asks for the block of the thread's token in a tile.
   __device__ void look_up(int tile) {
     block_ = -1;
     if (!is_needed()) return;
     const int32_t key = key_of_thread(tile);
-    const bool present = key >= memory_.keys.begin && key < memory_.keys.end;
+    const bool present = memory_.tiles.contains(key);
     if (present) block_ = load_fresh(memory_.blocks + plan_.block_size.quotient(key));
   }
 
@@ -242,31 +233,6 @@ struct PrefillRows {
     multiply_values<Cache, Shape::kHeadSize, kTiles, kKeys>(weight, value_row, Shape::kPitch,
                                                             softmax.out);
   }
-
-  __device__ void write(const AttentionParams& params, const RowBlock& block, int first_row,
-                        int lane) {
-    softmax.finish();
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row + RowScores<kTiles>::row_of(tile, half, lane);
-        if (row >= block.num_rows) continue;
-        const RowOutput output =
-            RowOutput::of(params, block, row, softmax.base[tile][half], softmax.sum[tile][half]);
-        with_float_type(params.out_dtype, [&](auto type) {
-          auto* const out = static_cast<decltype(type)*>(params.out);
-          for_each_pair<Cache, Shape::kHeadSize>(softmax.out[tile], half, lane,
-                                                 [&](int d, float x, float y) {
-                                                   if (d < params.head_size) {
-                                                     output.store(out, d, x, y);
-                                                   }
-                                                 });
-        });
-        if (params.lse != nullptr && lane % 4 == 0) params.lse[output.lse_index] = output.lse;
-      }
-    }
-  }
 };
 
 // Puts the query of a block into shared memory, and what the CTA's threads have to know of it.
@@ -349,7 +315,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerMultiprocessor
                 masked, lane);
   }
   wait_for_copies<0>();  // of the tile after the last, which is zeros
-  rows.write(params, block, first_row, lane);
+  write_rows<typename Shape::Cache>(params, block, first_row, rows.softmax, lane);
 }
 
 template <typename Shape>

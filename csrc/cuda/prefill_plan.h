@@ -1,4 +1,4 @@
-// What both prefill kernels are told beside the params.
+// What both prefill kernels are told beside the params, and what they work out of it.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +33,22 @@ struct PrefillPlan {
   int64_t num_ctas(const AttentionParams& params) const {
     return (blocks.num_places(params) + 1) * params.num_kv_heads;
   }
+};
+
+// The tiles of keys that some row of a block sees; they begin at multiples of kKeys.
+template <int kKeys>
+struct TileRange {
+  KeyRange keys;
+  int32_t first;
+  int32_t count;
+
+  __device__ static TileRange of(const AttentionParams& params, const RowBlock& block) {
+    const KeyRange keys = RowKeys::of(params, block, 0, block.num_rows).any;
+    const int32_t first = keys.begin / kKeys;
+    return {keys, first, keys.begin < keys.end ? (keys.end - 1) / kKeys - first + 1 : 0};
+  }
+  __device__ int32_t first_key(int tile) const { return (first + tile) * kKeys; }
+  __device__ bool contains(int32_t key) const { return key >= keys.begin && key < keys.end; }
 };
 
 // The first statement of a prefill kernel. The decode kernel of the same call is before it, whose

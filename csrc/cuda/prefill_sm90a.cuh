@@ -90,21 +90,6 @@ struct WarpgroupMemory {
   TileRing<Shape::kStages> values;
 };
 
-// The tiles of keys that some row of a block sees; they begin at multiples of kKeys.
-template <typename Shape>
-struct TileRange {
-  KeyRange keys;
-  int32_t first;
-  int32_t count;
-
-  __device__ static TileRange of(const AttentionParams& params, const RowBlock& block) {
-    const KeyRange keys = RowKeys::of(params, block, 0, block.num_rows).any;
-    const int32_t first = keys.begin / Shape::kKeys;
-    return {keys, first, keys.begin < keys.end ? (keys.end - 1) / Shape::kKeys - first + 1 : 0};
-  }
-  __device__ int32_t first_key(int tile) const { return (first + tile) * Shape::kKeys; }
-};
-
 // The slab matrices of a CTA.
 template <typename Shape>
 struct SharedMatrices {
@@ -134,7 +119,7 @@ class TileProducer {
 
  public:
   __device__ TileProducer(const AttentionParams& params, const PrefillPlan& plan, int64_t seq,
-                          int kv_head, const TileRange<Shape>& tiles, int thread)
+                          int kv_head, const TileRange<Shape::kKeys>& tiles, int thread)
       : params_(params),
         plan_(plan),
         tiles_(tiles),
@@ -178,7 +163,7 @@ class TileProducer {
   // Asks for the block of the lane's token in a tile; negative: there is no such token.
   __device__ void look_up(int tile) {
     const int32_t key = key_of_lane(tile);
-    const bool present = key >= tiles_.keys.begin && key < tiles_.keys.end;
+    const bool present = tiles_.contains(key);
     block_ = present ? load_fresh(blocks_ + plan_.block_size.quotient(key)) : -1;
   }
 
@@ -214,7 +199,7 @@ class TileProducer {
 
   const AttentionParams& params_;
   const PrefillPlan& plan_;
-  const TileRange<Shape> tiles_;
+  const TileRange<Shape::kKeys> tiles_;
   const int32_t* const blocks_;
   const int lane_;
   const int first_row_;  // of the warp, in a tile
@@ -237,7 +222,7 @@ struct WarpgroupRows {
 
   const AttentionParams& params;
   const RowBlock& block;
-  const TileRange<Shape>& tiles;
+  const TileRange<Shape::kKeys>& tiles;
   WarpgroupMemory<Shape>& memory;
   SharedMatrices<Shape> matrices;
   int warpgroup;
@@ -354,30 +339,12 @@ struct WarpgroupRows {
       }
     }
   }
-
-  __device__ void write() {
-    softmax.finish();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + RowScores<1>::row_of(0, half, lane);
-      if (row >= block.num_rows) continue;
-      const RowOutput output =
-          RowOutput::of(params, block, row, softmax.base[0][half], softmax.sum[0][half]);
-      with_float_type(params.out_dtype, [&](auto type) {
-        auto* const out = static_cast<decltype(type)*>(params.out);
-        for_each_pair<Number, kHeadSize>(softmax.out[0], half, lane, [&](int d, float x, float y) {
-          if (d < params.head_size) output.store(out, d, x, y);
-        });
-      });
-      if (params.lse != nullptr && lane % 4 == 0) params.lse[output.lse_index] = output.lse;
-    }
-  }
 };
 
 // What a thread of a warpgroup that computes does.
 template <typename Shape>
 __device__ void consume(const AttentionParams& params, const PrefillPlan& plan,
-                        const RowBlock& block, const TileRange<Shape>& tiles,
+                        const RowBlock& block, const TileRange<Shape::kKeys>& tiles,
                         WarpgroupMemory<Shape>& memory, const SharedMatrices<Shape>& matrices,
                         int warpgroup) {
   const int warp = threadIdx.x / kWarpSize % 4, lane = threadIdx.x % kWarpSize;
@@ -393,7 +360,7 @@ __device__ void consume(const AttentionParams& params, const PrefillPlan& plan,
   show_to_matrix_units();
   sync_threads(kFirstQuery + warpgroup, kWarpgroupSize);
   rows.run();
-  rows.write();
+  write_rows<typename Shape::Cache>(params, block, rows.first_row, rows.softmax, lane);
 }
 
 template <typename Shape>
@@ -412,7 +379,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     memory.values.begin(kWarpgroupSize, Shape::kConsumers * 4);
   }
   __syncthreads();
-  const TileRange<Shape> tiles = TileRange<Shape>::of(params, block);
+  const TileRange<Shape::kKeys> tiles = TileRange<Shape::kKeys>::of(params, block);
   const auto matrices = SharedMatrices<Shape>::of_cta();
   const int warpgroup = threadIdx.x / kWarpgroupSize;
   if (warpgroup == Shape::kConsumers) {

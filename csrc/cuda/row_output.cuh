@@ -6,6 +6,7 @@
 #include "../params.h"
 #include "element.cuh"
 #include "row_scores.cuh"
+#include "row_softmax.cuh"
 #include "softmax.cuh"
 
 namespace paged_ops::cuda {
@@ -50,6 +51,31 @@ struct RowOutput {
     store_pair(out + row + d, x * factor, y * factor);
   }
 };
+
+// By a warp: writes the rows that `softmax` has gathered, from row `first_row` of the block on.
+template <typename Cache, int kTiles, int kHeadSize>
+__device__ void write_rows(const AttentionParams& params, const RowBlock& block, int first_row,
+                           RowSoftmax<kTiles, kHeadSize>& softmax, int lane) {
+  softmax.finish();
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + RowScores<kTiles>::row_of(tile, half, lane);
+      if (row >= block.num_rows) continue;
+      const RowOutput output =
+          RowOutput::of(params, block, row, softmax.base[tile][half], softmax.sum[tile][half]);
+      with_float_type(params.out_dtype, [&](auto type) {
+        auto* const out = static_cast<decltype(type)*>(params.out);
+        for_each_pair<Cache, kHeadSize>(softmax.out[tile], half, lane,
+                                        [&](int d, float x, float y) {
+                                          if (d < params.head_size) output.store(out, d, x, y);
+                                        });
+      });
+      if (params.lse != nullptr && lane % 4 == 0) params.lse[output.lse_index] = output.lse;
+    }
+  }
+}
 
 // Rows of the query that belong to no sequence: 0 in out, -inf in lse. Not inlined: it is rare.
 __device__ __noinline__ inline void zero_rows_without_sequence(const AttentionParams& params) {
