@@ -218,7 +218,7 @@ class Decoder(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         model.frequencies = model.frequencies.to(device)
-        return model.requires_grad_(False)
+        return model
 
     def forward(self, tokens: Tensor, caches: Sequence[Tensor], batch: Batch) -> Tensor:
         """Write the tokens' keys and values to the caches and predict what follows.
