@@ -72,13 +72,17 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x [T, E] times the weights; of one row, as in decoding one sequence, by a kernel for it."""
+    """norm(x) times the weights, plus what is added; one row's by a kernel that does all of it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not takes(x, self.weight):
-            return super().forward(x)
-        product = matvec(x, self.weight)
-        return product if self.bias is None else product + self.bias
+    def forward(
+        self, x: Tensor, norm: RMSNorm | None = None, added: Tensor | None = None
+    ) -> Tensor:
+        if takes(x, self.weight):
+            scales, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            product = matvec(x, self.weight, scales, eps, added)
+            return product if self.bias is None else product + self.bias
+        product = super().forward(x if norm is None else norm(x))
+        return product if added is None else added + product
 
 
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
@@ -126,7 +130,10 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: its keys and values go to the cache, and are read from there."""
+    """x + out(attention(norm(x))), with grouped queries.
+
+    Keys and values go to the cache, and are read from there.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -138,13 +145,15 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, qkv_size, bias=config.qkv_bias)
         self.out = Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotation: Rotation, kv_cache: Tensor, batch: Batch) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_size))  # [T, Q + 2 H, D]
+    def forward(
+        self, x: Tensor, norm: RMSNorm, rotation: Rotation, kv_cache: Tensor, batch: Batch
+    ) -> Tensor:
+        qkv = self.qkv(x, norm).unflatten(-1, (-1, self.head_size))  # [T, Q + 2 H, D]
         # Values stay as they are, but pass through too: all of it is one kernel.
         turns = torch.arange(sum(self.heads), device=x.device)[:, None] < sum(self.heads[:2])
         qkv = torch.where(turns, rotate(qkv, rotation), qkv)
         query, key, value = qkv.split(self.heads, dim=1)
-        return self.out(self.attend(query, key, value, kv_cache, batch).flatten(1))
+        return self.out(self.attend(query, key, value, kv_cache, batch).flatten(1), added=x)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: Batch
@@ -162,20 +171,29 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, "GLU Variants Improve Transformer", 2020)."""
+    """x + down(silu(gate(y)) * up(y)) for y = norm(x): SwiGLU.
+
+    Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [T, F] each
-        return self.down(F.silu(gate) * up)
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return self.down(self.gated(x, norm), added=x)
+
+    def gated(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """What goes down: [T, F]."""
+        if takes(x, self.gate_up.weight):
+            return matvec(x, self.gate_up.weight, norm.weight, norm.eps, gated=True)
+        gate, up = self.gate_up(x, norm).chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Attention, then the feed-forward network, each with a norm before it."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -185,8 +203,8 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, rotation: Rotation, kv_cache: Tensor, batch: Batch) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, kv_cache, batch)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = self.attention(x, self.attention_norm, rotation, kv_cache, batch)
+        return self.feed_forward(x, self.feed_forward_norm)
 
 
 class Decoder(nn.Module):
@@ -238,4 +256,4 @@ class Decoder(nn.Module):
             x = layer(x, rotation, kv_cache, batch)
         if batch.query_start_loc is not None:
             x = x[batch.query_start_loc[1:] - 1]  # [S, E]
-        return self.head(self.norm(x)).float()
+        return self.head(x, self.norm).float()

@@ -1,7 +1,10 @@
-"""The product of one row with a matrix of weights, which a GPU does as fast as it reads them.
+"""A layer's product with one row, which a GPU computes as fast as it reads the weights.
 
-A program of the kernel asks for its first weights before it waits for the kernel in front of it
-(programmatic dependent launch): they depend on nothing that a step computes.
+What is before and after it costs little more than a kernel of its own would wait: the norm of the
+row, a sum with it and the gate of a feed-forward network are computed by the same kernel. Its
+programs ask for their first weights before they wait for the kernel in front of it (programmatic
+dependent launch), since these depend on nothing that a step computes; and they let the next kernel
+do the same before they wait themselves.
 """
 
 from __future__ import annotations
@@ -23,29 +26,49 @@ if triton is not None:
     def matvec_kernel(
         x,
         weight,
+        norm,
+        added,
         out,
+        eps,
         NUM_COLUMNS: tl.constexpr,
+        NUM_GATES: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         EARLY: tl.constexpr,
     ):
         """Each program computes ROWS sums, over COLUMNS weights of each at a time."""
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        results = rows
+        if NUM_GATES > 0:  # a gate and what it is for, in turn
+            rows = rows // 2 + rows % 2 * NUM_GATES
+            results = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
         columns = tl.arange(0, COLUMNS)
         pointers = weight + rows[:, None].to(tl.int64) * NUM_COLUMNS + columns[None, :]
         tile = tl.load(pointers, eviction_policy="evict_first")
         if EARLY:
-            tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+        squares = tl.zeros([COLUMNS], tl.float32)
         for start in tl.static_range(0, NUM_COLUMNS, COLUMNS):
             taken = tl.load(x + start + columns, eviction_policy="evict_last").to(tl.float32)
             following = tile
             if start + COLUMNS < NUM_COLUMNS:
                 following = tl.load(pointers + start + COLUMNS, eviction_policy="evict_first")
+            if norm is not None:
+                squares += taken * taken
+                taken *= tl.load(norm + start + columns, eviction_policy="evict_last")
             sums += tile.to(tl.float32) * taken[None, :]
             tile = following
-        tl.store(out + rows, tl.sum(sums, 1).to(out.dtype.element_ty))
+        result = tl.sum(sums, 1)
+        if norm is not None:
+            result *= tl.rsqrt(tl.sum(squares, 0) / NUM_COLUMNS + eps)
+        if NUM_GATES > 0:
+            gate, up = tl.split(tl.reshape(result, [ROWS // 2, 2]))
+            result = gate * tl.sigmoid(gate) * up
+        if added is not None:
+            result += tl.load(added + results)
+        tl.store(out + results, result.to(out.dtype.element_ty))
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -57,32 +80,62 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 
 @torch.library.custom_op("examples::matvec", mutates_args=())
-def matvec(x: Tensor, weight: Tensor) -> Tensor:
-    """The product of x [1, E] and the transpose of weight [N, E]: [1, N], summed in float32.
+def matvec(
+    x: Tensor,
+    weight: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    added: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """norm(x) times the transpose of the weights, plus what is added: [1, N], summed in float32.
 
-    Both are contiguous and of one dtype; N is even, E a multiple of 1024. Nothing that is still on
-    its way on the stream may write the weights: they are read before the kernel waits.
+    All are contiguous and of one dtype. Nothing that is still on its way on the stream may write
+    the weights: they are read before the kernel waits.
+
+    Args:
+        x: [1, E]; E is a multiple of 1024.
+        weight: [N, E], or [2 N, E] if gated, with an even number of rows.
+        norm: [E], the weights of an RMSNorm (see decoder.RMSNorm); None: x is taken as it is.
+        eps: of the norm.
+        added: [1, N].
+        gated: whether the sums are SwiGLU's: silu of the first N times the others.
     """
+    out = new_result(x, weight, gated)
     num_rows, num_columns = weight.shape
-    out = x.new_empty(1, num_rows)
-    rows, columns, warps = tile_of(num_columns)
+    rows, columns, warps = tile_of(num_columns, gated)
     early = starts_early(x.device)
     with torch.cuda.device(x.device):
         matvec_kernel[(num_rows // rows,)](
-            *(x, weight, out, num_columns, rows, columns, early), num_warps=warps, launch_pdl=early
+            *(x, weight, norm, added, out, eps),
+            *(num_columns, out.shape[1] if gated else 0, rows, columns, early),
+            num_warps=warps,
+            launch_pdl=early,
         )
     return out
 
 
 @matvec.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(1, weight.shape[0])
+def _(
+    x: Tensor,
+    weight: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    added: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    return new_result(x, weight, gated)
 
 
-def tile_of(num_columns: int) -> tuple[int, int, int]:
+def new_result(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
+    """[1, N], not yet written."""
+    return x.new_empty(1, weight.shape[0] // 2 if gated else weight.shape[0])
+
+
+def tile_of(num_columns: int, gated: bool) -> tuple[int, int, int]:
     """Rows, columns and warps of a program; each thread asks for 16 weights at once."""
     columns = 2048 if num_columns % 2048 == 0 else 1024
-    rows = 2 if num_columns <= 8192 else 1
+    rows = 2 if num_columns <= 8192 or gated else 1
     return rows, columns, rows * columns // (16 * 32)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import decode_loop
 import pytest
 import torch
+import torch.nn.functional as F
 from decode_loop import (
     TUNINGS,
     DecodeLoop,
@@ -251,12 +252,24 @@ def test_product_of_one_row(cuda, dtype, shape):
     x = torch.randn(1, shape[1], device=cuda, dtype=dtype)
     assert takes(x, weight)
     assert not takes(x.expand(2, -1), weight)
-    found = torch.compile(matvec, fullgraph=True)(x, weight)
-    expected = x.double() @ weight.double().T
-    error = (found.double() - expected).norm() / expected.norm()
-    assert error < 4 * torch.finfo(dtype).eps
-    # Comparing data, opcheck would copy the weights right before the kernel that does not wait.
-    torch.library.opcheck(matvec, (x, weight), test_utils="test_faketensor")
+    scales = torch.rand(shape[1], device=cuda, dtype=dtype)
+    added = torch.randn(1, shape[0], device=cuda, dtype=dtype)
+    sums = x.double() @ weight.double().T
+    wide = x.double()
+    normed = wide * (wide.square().mean() + 0.5).rsqrt() * scales
+    gate, up = (normed @ weight.double().T).chunk(2, dim=1)
+    for arguments, expected in [
+        ((x, weight), sums),
+        ((x, weight, None, 0.0, added), sums + added),
+        ((x, weight, scales, 0.5), normed @ weight.double().T),
+        ((x, weight, scales, 0.5, None, True), F.silu(gate) * up),
+    ]:
+        found = torch.compile(matvec, fullgraph=True)(*arguments)
+        assert found.shape == expected.shape
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < 4 * torch.finfo(dtype).eps
+        # Comparing data, opcheck would copy the weights right before the kernel that does not wait.
+        torch.library.opcheck(matvec, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.gpu

@@ -70,6 +70,7 @@ __device__ BlockAndOffset split(int64_t slot, int32_t block_size) {
 template <typename From, typename To>
 __global__ void __launch_bounds__(kThreads)
     write_kv_kernel(const __grid_constant__ WriteKvParams params) {
+  let_next_kernel_start();
   wait_for_previous_kernel();
   const int64_t token = blockIdx.x;
   const int64_t slot = params.slot_mapping[token];

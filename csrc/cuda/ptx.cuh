@@ -19,8 +19,9 @@ __device__ inline void wait_for_previous_kernel() {
 }
 
 // Lets the next kernel start where there is room, once all CTAs have said so. Without, it starts
-// when this one ends: its CTAs would not be placed evenly, which those of the decode kernel have to
-// be.
+// when this one ends. Those of the attention kernels stay without, for what comes after the call: a
+// kernel that reads past the first-level cache, as a product of matrices does, would start with
+// what the attention's shared memory leaves of that cache.
 __device__ inline void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
