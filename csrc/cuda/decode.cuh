@@ -1,7 +1,7 @@
 // Attention of a few query rows per sequence at the speed at which keys and values can be read.
 //
-// A CTA takes an even share of the keys of the batch (schedule.cuh) for as many KV heads as it has
-// warps: each warp owns one head, or, where there are fewer, a part of each tile's keys. The CTAs
+// A CTA takes an even share of the keys of the batch (schedule.cuh) for a group of KV heads, at
+// most half as many as it has warps: a warp owns one head in a part of each tile's keys. The CTAs
 // of one share, one for each group of heads, run side by side, so that rows of the cache which are
 // neighbours in memory are read at about the same time.
 //
@@ -94,16 +94,16 @@ class TileLoader {
   const char* value_;
 };
 
-// Waits until at most num_stages - 1 groups of copies are on their way.
-__device__ inline void wait_for_oldest(int num_stages) {
-  switch (num_stages) {
-    case 2:
+// Waits until at most so many groups of copies are on their way: 5 at most.
+__device__ inline void wait_for_copies_but(int pending) {
+  switch (pending) {
+    case 1:
       return wait_for_copies<1>();
-    case 3:
+    case 2:
       return wait_for_copies<2>();
-    case 4:
+    case 3:
       return wait_for_copies<3>();
-    case 5:
+    case 4:
       return wait_for_copies<4>();
     default:
       return wait_for_copies<5>();
@@ -268,6 +268,9 @@ __global__ void __launch_bounds__(
   RowBlock& block = shared.blocks[warp];
   const PieceEnd piece_end{params, plan, store, shared.is_last, cta};
   bool begins_piece = true;
+  // Matrix loads wait in a queue behind the copies that are asked for before them: one half of the
+  // warps fetches while the other computes. With two stages nothing would be on its way then.
+  const bool fetches_first = warp < kWarps / 2 || plan.stages == 2;
   // Tile `next` is fetched into the stage of the tile before `index`.
   int stage = plan.stages - 1, next_stage = plan.stages - 2;
 #pragma unroll 1
@@ -277,12 +280,15 @@ __global__ void __launch_bounds__(
     tiles.place(next);
     if (index >= tiles.num_tiles()) break;
     __syncthreads();  // keeps the warps in step: what is neighbouring in memory is read together
-    if (0 <= next && next < tiles.num_tiles()) {
-      loader.load(shared.tiles.places + tiles.entry(next),
-                  rows_of_warp + next_stage * Shape::kStageBytes);
-    }
-    commit_copies();
-    tiles.look_up(next);
+    const auto fetch = [&] {
+      if (0 <= next && next < tiles.num_tiles()) {
+        loader.load(shared.tiles.places + tiles.entry(next),
+                    rows_of_warp + next_stage * Shape::kStageBytes);
+      }
+      commit_copies();
+      tiles.look_up(next);
+    };
+    if (fetches_first || index < 0) fetch();
     if (index < 0) continue;
     const Tile& tile = tiles.tile(index);
     if (begins_piece) {
@@ -290,12 +296,13 @@ __global__ void __launch_bounds__(
       __syncwarp();
       rows.begin(params, block, lane);
     }
-    wait_for_oldest(plan.stages);
+    wait_for_copies_but(fetches_first ? plan.stages - 1 : plan.stages - 2);
     __syncwarp();
     const SharedAddress keys = rows_of_warp + stage * Shape::kStageBytes;
     rows.weigh(params, block, keys, tile.first_key + part * Shape::kKeys, lane);
     rows.add_values(keys + Shape::kHalfBytes, lane);
     begins_piece = tile.ends_piece;
+    if (!fetches_first) fetch();
     if (begins_piece) {
       __syncthreads();  // all have read their keys and values
       auto* const results = reinterpret_cast<float*>(memory + stage * Shape::kStageBytes);

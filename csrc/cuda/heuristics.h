@@ -1,9 +1,9 @@
 // How a call is cut up, decided on the host from shapes alone: no length is read. Pure functions.
 //
 // An example: bfloat16, 32 query heads over 8 KV heads of 128, on 132 multiprocessors. Head sizes
-// from 97 to 128 are computed as 128. A stage is 8 heads x 16 keys x (K + V), 66 KB with room for
-// results; 3 of them fit into 228 KB, so each multiprocessor has one CTA, and there are 132 shares,
-// or 128 of them for 64 sequences.
+// from 97 to 128 are computed as 128. A stage is 4 heads x 32 keys x (K + V), 66 KB with room for
+// results; 3 of them fit into 228 KB, so each multiprocessor has one CTA, and there are 66 shares
+// of two CTAs, or 64 of them for 64 sequences.
 #pragma once
 
 #include <algorithm>
@@ -55,8 +55,8 @@ struct DecodeShape : DecodeTile<kElementBytes, kHeadSize> {
   static constexpr int kCtasPerMultiprocessor = 3 * kStageBytes <= 111 << 10 ? 2 : 1;
 };
 
-// Warps of a CTA: with eight of them it reads whole tokens of eight KV heads. Two are for devices
-// that have less than half of the shared memory (compute capability 8.6, 8.9, 12.0).
+// Warps of a CTA: as many as fill most of a multiprocessor's shared memory with three stages. Two
+// are for devices that have less than half of it (compute capability 8.6, 8.9, 12.0).
 template <int kElementBytes, int kHeadSize>
 inline constexpr int kWarpsOfLarge =
     DecodeTile<kElementBytes, kHeadSize>::kWarpBytes <= 8 << 10 ? 8 : 4;
@@ -69,7 +69,7 @@ struct DecodePlan {
   int32_t max_query_len;  // of the sequences that are decoded
   int32_t num_shares;     // of the keys; each is computed by num_columns CTAs side by side
   int32_t num_columns;    // groups of KV heads, times row_chunks
-  int32_t heads;          // KV heads of a CTA: 1, 2, 4 or 8
+  int32_t heads;          // KV heads of a CTA: 1, 2 or 4
   int32_t heads_log2;
   int32_t tiles;         // of 8 query rows
   int32_t row_chunks;    // CTAs that share the query rows of a group: 1 unless they are too many
@@ -108,14 +108,15 @@ constexpr int log2_of(int power_of_two) {
   return power_of_two == 1 ? 0 : 1 + log2_of(power_of_two / 2);
 }
 
-// KV heads of a CTA. As many as it has warps read the longest runs of memory. But sequences of a
-// small batch are cut into many pieces, and fewer heads make these fewer and smaller.
+// KV heads of a CTA. With fewer of them there are fewer shares: sequences are cut less often, and
+// into pieces of fewer rows. Half as many as warps still read runs of memory that are long enough.
+// In a small batch, whose sequences are cut into many pieces, one is best.
 template <typename Shape>
 int heads_log2_for(const AttentionParams& params) {
   constexpr int kSmallBatch = 16;
   if (params.num_seqs < kSmallBatch && !params.batch_invariant) return 0;
   int log2 = 0;
-  while ((2 << log2) <= Shape::kWarps && params.num_kv_heads % (2 << log2) == 0) ++log2;
+  while ((4 << log2) <= Shape::kWarps && params.num_kv_heads % (4 << log2) == 0) ++log2;
   return log2;
 }
 
