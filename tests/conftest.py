@@ -1,6 +1,8 @@
-"""Devices, and how close a result has to be."""
+"""Devices, how close a result has to be, and how processes that share the tests share the cores."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -9,6 +11,26 @@ from torch import Tensor
 # Relative L2 error against float64 that a kernel with float32 sums may have. bfloat16 and float16
 # round the output (and, on the matrix units, the probabilities); float32 rounds sums alone.
 MAX_ERROR = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 3e-3}
+
+
+MOST_WORKERS = 8  # each imports torch and transformers, and loads models
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `pytest -n auto` stands for."""
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[object]) -> None:
+    """Two threads at least, so that every test still runs the kernels side by side.
+
+    Those that wait for work sleep, else they would keep the cores from the other workers.
+    """
+    threads = max(2, len(os.sched_getaffinity(0)) // len(specs))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -11,13 +11,18 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 HOST_ONLY = {"register", "device"}  # take a stream or a device
 SELECTION = (
     "cpu and (masks or dtypes or block_sizes or empty_rows or nan or random or cache_ops"
@@ -28,11 +33,14 @@ SELECTION = (
 find_cuda_root = runpy.run_path(str(ROOT / "setup.py"))["find_cuda_root"]
 
 
-def compile_all(commands: list[list[str]]) -> None:
-    """Two at a time."""
-    for first in range(0, len(commands), 2):
-        running = [subprocess.Popen(command) for command in commands[first : first + 2]]
-        assert [process.wait() for process in running] == [0] * len(running)
+def on_all_cores(call: Callable[..., object], many: Iterable[Any]) -> None:
+    """Each call waits for a process; the first error is raised when all have ended."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(call, many))
+
+
+def run_compiler(command: list[str]) -> None:
+    subprocess.run(command, check=True)
 
 
 def build(folder: Path, cuda_root: str) -> None:
@@ -52,20 +60,50 @@ def build(folder: Path, cuda_root: str) -> None:
         emulated = ["-include", str(sources / "emulation.h"), "-x", "c++"]
         options = emulated if source.suffix == ".cu" else []
         commands.append([*compiler, *options, "-c", str(source), "-o", objects[-1]])
-    compile_all(commands)
+    on_all_cores(run_compiler, commands)
     package = folder / "paged_ops"
     shutil.copytree(ROOT / "paged_ops", package, ignore=shutil.ignore_patterns("_C*.so"))
     libraries = [f"-L{path}" for path in library_paths()]
     target = ["-shared", "-o", str(package / "_C.abi3.so"), *objects]
-    compile_all([[compiler[0], *target, *libraries, "-ltorch_cpu", "-lc10"]])
+    run_compiler([compiler[0], *target, *libraries, "-ltorch_cpu", "-lc10"])
 
 
-def run_tests(folder: Path, names: tuple[str, ...], selection: str, **environment: str) -> None:
-    files = [f"tests/test_{name}.py" for name in names]
+@dataclass(frozen=True)
+class Run:
+    """Tests, and what they are told of the device."""
+
+    files: tuple[str, ...]
+    selection: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+RUNS = [
+    Run(("attention", "cache_ops"), SELECTION),
+    Run(("matrix_units", "prefill"), SELECTION),
+    Run(("prefill",), "cpu and not float8", {"EMULATED_WGMMA": "1"}),
+    # Compute capability 8.6 has 99 KB of shared memory for a CTA: other kernels run there.
+    Run(
+        ("matrix_units",),
+        "cpu and (head_sizes or options_of_cut or batch_invariant)",
+        {"EMULATED_SHARED_MEMORY": "99"},
+    ),
+    Run(
+        ("matrix_units",),
+        "cpu and (short_shares or cut_alike)",
+        {"EMULATED_MULTIPROCESSORS": "132"},
+    ),
+]
+
+
+def run_tests(folder: Path, run: Run) -> None:
+    files = [f"tests/test_{name}.py" for name in run.files]
+    options = ["-q", "-p", "no:cacheprovider", "-k", run.selection]
+    # The emulated kernels have one thread; those of the reference would only get in its way.
+    environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **run.environment}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", selection],
+        [sys.executable, "-m", "pytest", *options, *files],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -79,10 +117,4 @@ def run_tests(folder: Path, names: tuple[str, ...], selection: str, **environmen
 def test_operators_on_emulated_kernels(tmp_path):
     build(tmp_path, find_cuda_root())
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
-    run_tests(tmp_path, ("attention", "matrix_units", "prefill", "cache_ops"), SELECTION)
-    # Compute capability 8.6 has 99 KB of shared memory for a CTA: other kernels run there.
-    few = "cpu and (head_sizes or options_of_cut or batch_invariant)"
-    run_tests(tmp_path, ("matrix_units",), few, EMULATED_SHARED_MEMORY="99")
-    run_tests(tmp_path, ("prefill",), "cpu and not float8", EMULATED_WGMMA="1")
-    many = "cpu and (short_shares or cut_alike)"
-    run_tests(tmp_path, ("matrix_units",), many, EMULATED_MULTIPROCESSORS="132")
+    on_all_cores(partial(run_tests, tmp_path), RUNS)

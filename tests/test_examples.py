@@ -316,6 +316,8 @@ def test_timing_report(tiny):
 
 # The command.
 
+TINY = ["--model", "random:tiny"]
+
 
 def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     script = str(ROOT / "examples" / "generate.py")
@@ -337,9 +339,8 @@ def test_command_answers():
 
 
 def test_command_reads_prompts_from_stdin():
-    result = command(
-        "--no-compile", "--raw", "--max-new-tokens", "4", stdin="Red, green,\n\nOne, two,\n"
-    )
+    arguments = [*TINY, "--no-compile", "--raw", "--max-new-tokens", "4"]
+    result = command(*arguments, stdin="Red, green,\n\nOne, two,\n")
     assert result.returncode == 0, result.stderr
     assert result.stdout.index("> Red, green,") < result.stdout.index("> One, two,")
 
@@ -355,8 +356,8 @@ def test_command_reads_prompts_from_stdin():
         (["hi", "--temperature", "-1"], "--temperature must be 0 or more"),
         (["hi", "--top-p", "0"], "--top-p must be above 0"),
         (["hi", "--device", "cpu:x"], "--device cpu:x cannot be used"),
-        (["hi", "--num-blocks", "2"], "but the cache has 2 (--num-blocks)"),
-        (["hi " * 9000], "more than the model's context of 8192"),
+        (["hi", *TINY, "--num-blocks", "2"], "but the cache has 2 (--num-blocks)"),
+        (["hi " * 2000, *TINY], "more than the model's context of 4096"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -113,14 +113,15 @@ void multiply_add(Number number, float (&c)[4], const uint32_t (&a)[4], uint32_t
   const auto half = [](uint64_t word, int index) {
     return static_cast<uint32_t>(word >> (16 * index)) & 0xffffu;
   };
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const uint64_t word = (k < 8 ? a_low : a_high)[row % 8 * 4 + k % 8 / 2];
-      const float x = operand(number, half(word, row / 8 * 2 + k % 2));
-      const float y = operand(number, half(b[column * 4 + k % 8 / 2], k / 8 * 2 + k % 2));
-      c[i] += x * y;
+  for (int k = 0; k < 16; ++k) {
+    const uint64_t* const a_words = (k < 8 ? a_low : a_high) + lane / 4 * 4 + k % 8 / 2;
+    const uint64_t* const b_words = b + lane % 4 * 8 + k % 8 / 2;
+    float x[2], y[2];
+    for (int i = 0; i < 2; ++i) {
+      x[i] = operand(number, half(*a_words, i * 2 + k % 2));
+      y[i] = operand(number, half(b_words[i * 4], k / 8 * 2 + k % 2));
     }
+    for (int i = 0; i < 4; ++i) c[i] += x[i / 2] * y[i % 2];
   }
 }
 
