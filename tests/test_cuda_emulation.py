@@ -84,5 +84,5 @@ def test_operators_on_emulated_kernels(tmp_path):
     few = "cpu and (head_sizes or options_of_cut or batch_invariant)"
     run_tests(tmp_path, ("matrix_units",), few, EMULATED_SHARED_MEMORY="99")
     run_tests(tmp_path, ("prefill",), "cpu and not float8", EMULATED_WGMMA="1")
-    many = "cpu and (short_shares or cut_alike)"
+    many = "cpu and (short_shares or cut_alike or at_every_place)"
     run_tests(tmp_path, ("matrix_units",), many, EMULATED_MULTIPROCESSORS="132")
