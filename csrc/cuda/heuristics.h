@@ -107,14 +107,19 @@ Residency residency(const DeviceLimits& limits, int static_bytes) {
 constexpr int log2_of(int n) { return n == 1 ? 0 : 1 + log2_of(n / 2); }
 
 // KV heads of a CTA. As many as it has warps read the longest runs of memory. But sequences of a
-// small batch are cut into many pieces, and fewer heads make these fewer and smaller. The
-// batch-invariant mode must have the same in every batch.
+// small batch are cut into many pieces, and fewer heads make these fewer and smaller. In the
+// batch-invariant mode batches of all sizes must have the same: as few as read runs of 256 bytes.
 template <typename Shape>
 int heads_log2_for(const AttentionParams& params) {
-  constexpr int kSmallBatch = 16;
-  if (params.num_seqs < kSmallBatch || params.batch_invariant) return 0;
+  constexpr int kSmallBatch = 16, kRunBytes = 256;
+  int most = Shape::kWarps;
+  if (params.batch_invariant) {
+    most = std::min(kRunBytes / Shape::kRowBytes, most);
+  } else if (params.num_seqs < kSmallBatch) {
+    most = 1;
+  }
   int log2 = 0;
-  while ((2 << log2) <= Shape::kWarps && params.num_kv_heads % (2 << log2) == 0) ++log2;
+  while ((2 << log2) <= most && params.num_kv_heads % (2 << log2) == 0) ++log2;
   return log2;
 }
 
