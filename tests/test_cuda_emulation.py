@@ -89,7 +89,7 @@ RUNS = [
     ),
     Run(
         ("matrix_units",),
-        "cpu and (short_shares or cut_alike)",
+        "cpu and (short_shares or cut_alike or at_every_place)",
         {"EMULATED_MULTIPROCESSORS": "132"},
     ),
 ]

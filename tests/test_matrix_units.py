@@ -13,7 +13,8 @@ import random
 
 import pytest
 import torch
-from cases import Case, Inputs, make_inputs
+from cases import Case, Inputs, expected, make_inputs
+from conftest import assert_accurate
 from test_attention import check
 
 from paged_ops import ops
@@ -122,7 +123,7 @@ def rows_alone(inputs: Inputs, seq: int, begin: int, end: int) -> torch.Tensor:
 @pytest.mark.parametrize("query_lens", [(1,) * 6, (1, 2, 30, 1, 5, 4)], ids=["decode", "mixed"])
 def test_batch_invariant(query_lens, dtype, cache_dtype, device):
     case = Case(
-        (3000, 2, 1030, 17, 1025, 2048), query_lens, 8, 4, 64, 16, dtype, cache_dtype=cache_dtype
+        (5000, 2, 1030, 17, 1025, 2048), query_lens, 8, 4, 64, 16, dtype, cache_dtype=cache_dtype
     )
     inputs = make_inputs(case).to(device)
     together = ops.attention(*inputs.args, **inputs.options, batch_invariant=True)
@@ -131,6 +132,70 @@ def test_batch_invariant(query_lens, dtype, cache_dtype, device):
         end = begin + query_len
         assert torch.equal(rows_alone(inputs, seq, begin, end), together[begin:end])
         begin = end
+
+
+def batch_of(inputs: Inputs, rows: list[int]) -> torch.Tensor:
+    """These sequences alone, in this order."""
+    return ops.attention(
+        inputs.query[rows],
+        inputs.kv_cache,
+        inputs.block_table[rows],
+        inputs.seq_lens[rows],
+        **inputs.options,
+        batch_invariant=True,
+    )
+
+
+def check_alone(inputs: Inputs, seq: int, device: torch.device) -> torch.Tensor:
+    """The right result of a sequence in a batch of its own."""
+    alone = batch_of(inputs.to(device), [seq])
+    one = dataclasses.replace(
+        inputs,
+        query=inputs.query[seq : seq + 1],
+        block_table=inputs.block_table[seq : seq + 1],
+        seq_lens=inputs.seq_lens[seq : seq + 1],
+    )
+    assert_accurate(alone, expected(one)[0], inputs.query.dtype)
+    return alone[0]
+
+
+@pytest.mark.parametrize("seq_len", [700, 1023, 1024, 1025, 2300])
+def test_batch_invariant_at_every_place(seq_len, device):
+    """Others before and after it move the borders of shares across it, never its own cuts."""
+    case = Case((seq_len, 1500, 17, 0, 2049, 400), None, 8, 1, 128, dtype=torch.bfloat16)
+    inputs = make_inputs(case)
+    moved, alone = inputs.to(device), check_alone(inputs, 0, device)
+    for count in range(1, len(case.seq_lens)):
+        others = list(range(1, count + 1))
+        for place in range(count + 1):
+            batch = [*others[:place], 0, *others[place:]]
+            assert torch.equal(batch_of(moved, batch)[place], alone)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "seq_len"), [(8, 32768), (8, 32769), (1, 65536), (1, 65537), (1, 200000)]
+)
+def test_a_long_one_among_short_ones(num_kv_heads, seq_len, device):
+    """From one of these lengths on, a sequence is cut into longer pieces instead of more."""
+    lens = (seq_len, *(300,) * 20, 5000)
+    case = Case(lens, None, num_kv_heads, num_kv_heads, 128, 256, torch.bfloat16)
+    inputs = make_inputs(case)
+    moved, alone = inputs.to(device), check_alone(inputs, 0, device)
+    others = list(range(1, len(lens)))
+    for place in (0, 3, len(others)):
+        assert torch.equal(batch_of(moved, [*others[:place], 0, *others[place:]])[place], alone)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 8])
+def test_each_of_many_as_it_is_alone(num_kv_heads, device):
+    """Some shares have many sequences of several pieces, and end within one."""
+    rng = random.Random(num_kv_heads)
+    lens = tuple(rng.randrange(5000) for _ in range(60))
+    case = Case(lens, None, 2 * num_kv_heads, num_kv_heads, 128, 64, torch.bfloat16)
+    inputs = make_inputs(case).to(device)
+    together = batch_of(inputs, list(range(len(lens))))
+    for seq in range(len(lens)):
+        assert torch.equal(batch_of(inputs, [seq])[0], together[seq])
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])

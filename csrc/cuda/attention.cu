@@ -69,7 +69,7 @@ AttentionPlan plan_attention(const AttentionParams& params, const DeviceLimits& 
   plan.limits = limits;
   dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype",
            [&](auto cache) { plan.decode = plan_decode<Element<cache()>>(params, limits); });
-  plan.cells = num_cells(params, plan.decode);
+  plan.cells = num_cells(plan.decode);
   plan.scratch_bytes =
       static_cast<size_t>(plan.cells * floats_of_cell(plan.decode)) * sizeof(float);
   plan.num_counters = static_cast<size_t>(2 * plan.cells);

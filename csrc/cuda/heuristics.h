@@ -14,9 +14,6 @@
 
 namespace paged_ops::cuda {
 
-inline constexpr int kMaxChunks = 16;  // pieces of a sequence in the batch-invariant mode
-inline constexpr int kMinChunkTokens = 1024;
-
 // What the device has room for.
 struct DeviceLimits {
   int multiprocessors;
@@ -82,7 +79,9 @@ struct DecodePlan {
   int32_t result_rows;          // that fit into a stage
   uint32_t num_shares_inverse;  // 2^32 / num_shares, rounded down
   bool batch_invariant;
-  bool prefill_follows;  // on the same call's other rows: it may start where there is room
+  int32_t min_chunk_tiles;  // in the batch-invariant mode: of a chunk, unless
+  int32_t max_chunks_log2;  // the sequence would have more than 2^this
+  bool prefill_follows;     // on the same call's other rows: it may start where there is room
 };
 
 // CTAs that run at once on a multiprocessor, and the stages that each has: 2 at least, or the CTA
@@ -104,20 +103,21 @@ Residency residency(const DeviceLimits& limits, int static_bytes) {
   }
 }
 
-constexpr int log2_of(int power_of_two) {
-  return power_of_two == 1 ? 0 : 1 + log2_of(power_of_two / 2);
-}
+// Rounded down.
+constexpr int log2_of(int n) { return n == 1 ? 0 : 1 + log2_of(n / 2); }
 
 // KV heads of a CTA. With fewer of them there are fewer shares: sequences are cut less often, and
-// into pieces of fewer rows. Half as many as warps still read runs of memory that are long enough.
-// In a small batch, whose sequences are cut into many pieces, one is best.
+// into pieces of fewer rows. Half as many as its warps could have still read runs of memory that
+// are long enough. In a small batch, whose sequences are cut into many pieces, one is best. In the
+// batch-invariant mode batches of all sizes must have the same: as few as read runs of 256 bytes.
 template <typename Shape>
 int heads_log2_for(const AttentionParams& params) {
-  constexpr int kSmallBatch = 16;
-  if (params.num_seqs < kSmallBatch && !params.batch_invariant) return 0;
-  int log2 = 0;
-  while ((4 << log2) <= Shape::kWarps && params.num_kv_heads % (4 << log2) == 0) ++log2;
-  return log2;
+  constexpr int kSmallBatch = 16, kRunBytes = 256;
+  int most = 0;
+  while ((2 << most) <= Shape::kWarps && params.num_kv_heads % (2 << most) == 0) ++most;
+  if (params.batch_invariant)
+    return std::min(most, log2_of(std::max(kRunBytes / Shape::kRowBytes, 1)));
+  return params.num_seqs < kSmallBatch ? 0 : std::max(most - 1, 0);
 }
 
 // Tiles of 8 query rows. Two where the query heads of one token need them, and where it seems that
@@ -150,6 +150,16 @@ inline int num_shares_for(int most, int64_t num_seqs) {
   return static_cast<int>((most - even) * 32 <= most ? even : most);
 }
 
+// In the batch-invariant mode a sequence is cut into chunks of so many bytes: with half as many the
+// ends of pieces are seen in large batches, with twice as many a single sequence has too few CTAs.
+inline constexpr int kMinChunkBytes = 512 << 10;
+
+// A long sequence is cut into so many chunks instead: twice the CTAs that run at once for it, so
+// that shares are even where it has others beside it.
+inline int max_chunks_log2_for(int resident_shares) {
+  return log2_of(std::clamp(2 * resident_shares, 32, 64));
+}
+
 template <typename Shape>
 DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits,
                        int static_bytes) {
@@ -178,6 +188,8 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
   const bool power_of_two = (params.block_size & (params.block_size - 1)) == 0;
   plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;
   plan.batch_invariant = params.batch_invariant;
+  plan.min_chunk_tiles = kMinChunkBytes / (Shape::kWarps * Shape::kWarpBytes);
+  plan.max_chunks_log2 = max_chunks_log2_for(resident_shares);
   plan.group_size = group_size;
   return plan;
 }

@@ -103,7 +103,10 @@ struct PieceEnd {
 #pragma unroll 1
     for (;;) {
       __syncthreads();  // all have stored their rows, and none reads shared memory any more
-      if (threadIdx.x == 0) is_last = last_to_arrive(arrived, expected);
+      if (threadIdx.x == 0) {
+        // The pieces of one share come in their order.
+        is_last = piece.in_one_share ? piece.index + 1 == end : last_to_arrive(arrived, expected);
+      }
       __syncthreads();
       if (!is_last) return;
       const bool all = end - first == piece.count;

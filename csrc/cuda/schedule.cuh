@@ -6,8 +6,9 @@
 // cut where they end if their number allows it (heuristics.h). A sequence that several shares have
 // a part of is put together from its pieces (pieces.cuh).
 //
-// In the batch-invariant mode a unit is a chunk of tiles that depends on its sequence alone, and is
-// never cut: the pieces of a sequence, and so its result to the bit, are the same in every batch.
+// In the batch-invariant mode sequences are cut into chunks of tiles, by nothing but their lengths
+// and what all calls have in common, and a share has the chunks that begin in it: the pieces of a
+// sequence, and so its result to the bit, are the same in every batch.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +20,9 @@
 namespace paged_ops::cuda {
 
 // Places for pieces, see Piece.
-__host__ __device__ inline int64_t num_cells(const AttentionParams& params,
-                                             const DecodePlan& plan) {
-  const int64_t slots = plan.batch_invariant ? params.num_seqs * kMaxChunks
-                                             : 2 * static_cast<int64_t>(plan.num_shares);
-  return slots * plan.num_columns;
+inline int64_t num_cells(const DecodePlan& plan) {
+  const int64_t slots_of_share = plan.batch_invariant ? 2 << plan.max_chunks_log2 : 2;
+  return plan.num_shares * slots_of_share * plan.num_columns;
 }
 
 // A sequence and the keys that its queries see among them.
@@ -55,14 +54,8 @@ __device__ inline Span span_of(const AttentionParams& params, const DecodePlan& 
 
 // Tiles of a chunk.
 __device__ inline int32_t chunk_tiles(const DecodePlan& plan, const Span& span) {
-  const int32_t smallest = max(kMinChunkTokens >> plan.tile_keys_log2, 1);
-  return max(smallest, (span.num_tiles + kMaxChunks - 1) / kMaxChunks);
-}
-
-__device__ inline int32_t num_units(const DecodePlan& plan, const Span& span) {
-  if (!plan.batch_invariant || span.num_tiles == 0) return span.num_tiles;
-  const int32_t chunk = chunk_tiles(plan, span);
-  return (span.num_tiles + chunk - 1) / chunk;
+  const int32_t most = 1 << plan.max_chunks_log2;
+  return max(plan.min_chunk_tiles, (span.num_tiles + most - 1) >> plan.max_chunks_log2);
 }
 
 // Units cut into shares: share i begins at unit i * total / count, rounded down. A 32-bit division
@@ -132,7 +125,7 @@ __device__ Share find_share(const AttentionParams& params, const DecodePlan& pla
 
   uint32_t mine = 0;
 #pragma unroll 1
-  for (int32_t seq = first; seq < last; ++seq) mine += num_units(plan, span_of(params, plan, seq));
+  for (int32_t seq = first; seq < last; ++seq) mine += span_of(params, plan, seq).num_tiles;
   uint32_t before = warp_exclusive_sum(mine, lane);
   if (lane == kWarpSize - 1) warp_totals[warp] = before + mine;
   __syncthreads();
@@ -150,7 +143,7 @@ __device__ Share find_share(const AttentionParams& params, const DecodePlan& pla
     int32_t seq = first;
 #pragma unroll 1
     for (;; ++seq) {
-      const uint32_t units = num_units(plan, span_of(params, plan, seq));
+      const uint32_t units = span_of(params, plan, seq).num_tiles;
       if (share.begin < before + units) break;
       before += units;
     }
@@ -179,11 +172,12 @@ class Walk {
   __device__ Walk(const AttentionParams& params, const DecodePlan& plan, const Share& share)
       : seq_(share.seq), unit_(share.begin), end_(share.end), seq_begin_(share.seq_begin) {
     enter(params, plan);
-    tile_ = static_cast<int32_t>(unit_ - seq_begin_) * (chunk_ > 0 ? chunk_ : 1);
-    set_piece_end();
+    tile_ = static_cast<int32_t>(unit_ - seq_begin_);
+    if (chunk_ > 0) tile_ = quotient(tile_ + chunk_ - 1, chunk_) * chunk_;
+    begin_piece(params, plan);
   }
 
-  __device__ bool done() const { return unit_ == end_; }
+  __device__ bool done() const { return unit_ >= end_; }
   __device__ int32_t seq() const { return seq_; }
   __device__ int32_t left() const { return piece_end_ - tile_; }  // tiles of this piece
 
@@ -197,19 +191,7 @@ class Walk {
   // By `count` tiles of this piece.
   __device__ void advance(const AttentionParams& params, const DecodePlan& plan, int32_t count) {
     tile_ += count;
-    if (tile_ < piece_end_) return;
-    unit_ = next_unit_;
-    if (done()) return;
-    if (tile_ == span_.num_tiles) {
-      seq_begin_ = unit_;
-#pragma unroll 1
-      do {
-        ++seq_;
-        enter(params, plan);
-      } while (span_.num_tiles == 0);
-      tile_ = 0;
-    }
-    set_piece_end();
+    if (tile_ == piece_end_) begin_piece(params, plan);
   }
 
  private:
@@ -218,17 +200,27 @@ class Walk {
     chunk_ = plan.batch_invariant ? chunk_tiles(plan, span_) : 0;
   }
 
-  __device__ void set_piece_end() {
+  // At `tile_`, or, where the sequence has ended, with the next one.
+  __device__ void begin_piece(const AttentionParams& params, const DecodePlan& plan) {
+    unit_ = seq_begin_ + min(tile_, span_.num_tiles);
+    if (done()) return;
+    if (tile_ >= span_.num_tiles) {
+      seq_begin_ = unit_;
+#pragma unroll 1
+      do {
+        ++seq_;
+        enter(params, plan);
+      } while (span_.num_tiles == 0);
+      tile_ = 0;
+    }
     const int32_t left = chunk_ > 0 ? chunk_ : static_cast<int32_t>(end_ - unit_);
     piece_end_ = min(span_.num_tiles, tile_ + left);
-    next_unit_ = unit_ + (chunk_ > 0 ? 1 : piece_end_ - tile_);
   }
 
   int32_t seq_;
-  uint32_t unit_;  // of the piece
-  uint32_t end_;
+  uint32_t unit_;  // the first one of the piece
+  uint32_t end_;   // in the batch-invariant mode the last piece may go on after it
   uint32_t seq_begin_;
-  uint32_t next_unit_ = 0;
   Span span_{};
   int32_t tile_ = 0;
   int32_t piece_end_ = 0;
@@ -237,26 +229,33 @@ class Walk {
 
 // One of the pieces that a sequence is put together from. Slots are where pieces are kept: a share
 // has slot 2 i + 1 for the sequence that begins in it and goes on after it, and slot 2 i for the
-// one that began before.
+// one that began before. In the batch-invariant mode these are groups of slots, one for each chunk,
+// and all pieces of a sequence lie in a group of the share in which it begins: 2 i + 1 if it goes
+// on after that share, else 2 i, which serves one sequence after the other.
 struct Piece {
   int32_t index;
   int32_t count;
   int32_t first_slot;  // of piece 0
   int32_t second_slot;
-  int32_t stride;  // from there on
+  int32_t stride;     // from there on
+  bool in_one_share;  // all of them
 
   // The piece that `tile` belongs to.
   __device__ static Piece of(const DecodePlan& plan, const Share& share, const Tile& tile) {
     const uint32_t begin = tile.seq_begin;
-    if (plan.batch_invariant) {
-      return {static_cast<int32_t>(tile.piece_begin - begin),
-              static_cast<int32_t>(num_units(plan, tile.span)), static_cast<int32_t>(begin),
-              static_cast<int32_t>(begin) + 1, 1};
-    }
     const int32_t first = share.all.share_of(begin);
+    if (plan.batch_invariant) {
+      const int32_t chunk = chunk_tiles(plan, tile.span);
+      const int32_t index = quotient(static_cast<int32_t>(tile.piece_begin - begin), chunk);
+      const int32_t count = quotient(tile.span.num_tiles + chunk - 1, chunk);
+      const uint32_t last_begin = begin + (count - 1) * chunk;
+      const bool whole = last_begin < share.all.begin_of(first + 1);
+      const int32_t slot = (2 * first + !whole) << plan.max_chunks_log2;
+      return {index, count, slot, slot + 1, 1, whole};
+    }
     const int32_t last = share.all.share_of(begin + tile.span.num_tiles - 1);
-    return {static_cast<int32_t>(share.index) - first, last - first + 1, 2 * first + 1,
-            2 * first + 2, 2};
+    const int32_t index = static_cast<int32_t>(share.index) - first;
+    return {index, last - first + 1, 2 * first + 1, 2 * first + 2, 2, false};
   }
 
   __device__ int32_t slot(int32_t piece) const {
