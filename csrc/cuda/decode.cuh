@@ -253,10 +253,10 @@ __global__ void __launch_bounds__(
   __shared__ Memory shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int head = warp & (plan.heads - 1), part = warp >> plan.heads_log2;
-  const CtaRows cta = CtaRows::of(plan, static_cast<int>(blockIdx.x) % plan.num_columns);
+  const CtaRows cta = CtaRows::of(plan, static_cast<int>(blockIdx.x));
 
   if (params.query_start_loc != nullptr) zero_rows_without_sequence(params);
-  const Share share = find_share<Shape::kThreads>(params, plan, blockIdx.x / plan.num_columns);
+  const Share share = find_share<Shape::kThreads>(params, plan, blockIdx.y);
   if (share.begin == share.end) return;
   if (threadIdx.x == 0) shared.share = share;
 
@@ -343,7 +343,7 @@ struct Decode {
   static void run(const AttentionParams& params, const DecodePlan& plan, const PieceStore& store,
                   cudaStream_t stream) {
     using Shape = DecodeShape<sizeof(Cache), kHeadSize, kWarps>;
-    const Grid grid{static_cast<int64_t>(plan.num_shares) * plan.num_columns};
+    const Grid grid{plan.num_columns, plan.num_shares};  // a division less than in one row
     cuda::launch<decode_kernel<Cache, kHeadSize, kTiles, kWarps>>(params.op, grid, Shape::kThreads,
                                                                   plan.stages * Shape::kStageBytes,
                                                                   stream, params, plan, store);

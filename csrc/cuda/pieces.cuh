@@ -25,8 +25,7 @@ struct PieceStore {
   int64_t num_cells;  // slots * columns
 
   __device__ int64_t cell(const DecodePlan& plan, int32_t slot) const {
-    return static_cast<int64_t>(slot) * plan.num_columns +
-           static_cast<int32_t>(blockIdx.x) % plan.num_columns;
+    return static_cast<int64_t>(slot) * plan.num_columns + static_cast<int32_t>(blockIdx.x);
   }
   __device__ float* rows_of(const DecodePlan& plan, int32_t slot) const {
     return rows + cell(plan, slot) * floats_of_cell(plan);
@@ -53,6 +52,7 @@ struct CtaRows {
   int32_t first_row;
 
   __device__ static CtaRows of(const DecodePlan& plan, int column) {
+    if (plan.row_chunks == 1) return {column * plan.heads, 0};
     return {column / plan.row_chunks * plan.heads, column % plan.row_chunks * plan.rows_per_cta};
   }
 
