@@ -237,7 +237,7 @@ struct DecodeMemory {
   typename Tiles::Memory tiles;
   RowBlock blocks[kWarps];
   Share share;
-  bool is_last;
+  OpenPiece piece;
 };
 
 template <typename Cache, int kHeadSize, int kTiles, int kWarps>
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(
   const TileLoader<Cache, kHeadSize> loader(params, cta.first_head + head, part, lane);
   DecodeRows<Cache, kHeadSize, kTiles> rows;
   RowBlock& block = shared.blocks[warp];
-  const PieceEnd piece_end{params, plan, store, shared.is_last, cta};
+  const PieceEnd piece_end{params, plan, store, shared.piece, cta};
   bool begins_piece = true;
   // Tile `next` is fetched into the stage of the tile before `index`.
   int stage = plan.stages - 1, next_stage = plan.stages - 2;
@@ -287,6 +287,7 @@ __global__ void __launch_bounds__(
     const Tile& tile = tiles.tile(index);
     if (begins_piece) {
       if (lane == 0) block = cta.block(plan, tile.span, head);
+      if (threadIdx.x == 0) piece_end.begin(shared.share, tile);
       __syncwarp();
       rows.begin(params, block, lane);
     }
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(
       // Until the share ends, keys and values are on their way into all other stages.
       const bool ends_share = index + 1 == tiles.num_tiles();
       piece_end.finish(
-          shared.share, tile, results,
+          tile, results,
           ends_share ? MergeRoom{reinterpret_cast<float*>(memory), plan.stages * plan.result_rows}
                      : MergeRoom{results, plan.result_rows});
       rows = {};  // so that no register has to be kept till here

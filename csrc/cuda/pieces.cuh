@@ -62,21 +62,34 @@ struct CtaRows {
   }
 };
 
-// What a CTA does at the end of a piece. All of it is inlined: a function that is called would have
-// to load the parameters from memory, where these loads wait behind those of keys and values.
+// The piece that a CTA is at, in shared memory.
+struct OpenPiece {
+  Piece piece;
+  int32_t fan;   // how many meet in the first step
+  bool is_last;  // of the CTAs that arrive
+};
+
+// What a CTA does at the ends of a piece. All of it is inlined: a function that is called would
+// have to load the parameters from memory, where these loads wait behind those of keys and values.
 struct PieceEnd {
   const AttentionParams& params;
   const DecodePlan& plan;
   const PieceStore& store;
-  bool& is_last;  // in shared memory: of the CTAs that arrive
+  OpenPiece& open;
   CtaRows cta;
+
+  // By one thread, while the first tile is on its way: at the end the result would wait for it.
+  __device__ __forceinline__ void begin(const Share& share, const Tile& tile) const {
+    open.piece = Piece::of(plan, share, tile);
+    open.fan = fan_in(plan, open.piece, rows_of(tile.span));
+  }
 
   // The rows of the CTA's warps have been put into shared memory, one after the other. Warps that
   // share a head are added up in their order, and the pieces of a sequence by the last CTA that has
   // one, for which there is `room`.
-  __device__ __forceinline__ void finish(const Share& share, const Tile& tile, const float* results,
+  __device__ __forceinline__ void finish(const Tile& tile, const float* results,
                                          const MergeRoom& room) const {
-    const Piece piece = Piece::of(plan, share, tile);
+    const Piece piece = open.piece;
     const bool is_cut = piece.count > 1;
     const int parts = static_cast<int>(blockDim.x / kWarpSize) >> plan.heads_log2;
     __syncthreads();  // all have put their rows
@@ -96,16 +109,16 @@ struct PieceEnd {
   // sums of the group are then.
   __device__ __forceinline__ void merge(const Piece& piece, const Span& span,
                                         const MergeRoom& room) const {
-    const int fan = fan_in(plan, piece, rows_of(span));
+    const int fan = open.fan;
     int first = quotient(piece.index, fan) * fan, end = min(first + fan, piece.count), step = 1;
     int expected = end - first;
     unsigned* arrived = store.arrived + store.cell(plan, piece.slot(first));
 #pragma unroll 1
     for (;;) {
       __syncthreads();  // all have stored their rows, and none reads shared memory any more
-      if (threadIdx.x == 0) is_last = last_to_arrive(arrived, expected);
+      if (threadIdx.x == 0) open.is_last = last_to_arrive(arrived, expected);
       __syncthreads();
-      if (!is_last) return;
+      if (!open.is_last) return;
       const bool all = end - first == piece.count;
       float* const to = all ? nullptr : store.rows_of(plan, piece.slot(first));
       merge_pieces(to, piece, span, first, end, step, room);
