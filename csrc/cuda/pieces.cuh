@@ -166,13 +166,15 @@ struct PieceEnd {
   __device__ __forceinline__ void add_up(float* to, const Span& span, const float* parts,
                                          int num_parts, int first_row, int num_rows) const {
     const int threads = blockDim.x, lane = threadIdx.x % kWarpSize;
-    int lanes = kWarpSize;
-    while (lanes > 8 && threads / lanes < rows_of(span)) lanes /= 2;
+    int lanes_log2 = 5;
+    while (lanes_log2 > 3 && threads >> lanes_log2 < rows_of(span)) --lanes_log2;
+    const int lanes = 1 << lanes_log2;
     const int pitch = plan.result_pitch, at_softmax = pitch - 4, stride = num_rows * pitch;
     const int mine = lane & (lanes - 1);
 #pragma unroll 1
-    for (int first = (threadIdx.x - lane) / lanes; first < num_rows; first += threads / lanes) {
-      const int row = min(first + lane / lanes, num_rows - 1);  // the last one by several
+    for (int first = static_cast<int>(threadIdx.x - lane) >> lanes_log2; first < num_rows;
+         first += threads >> lanes_log2) {
+      const int row = min(first + (lane >> lanes_log2), num_rows - 1);  // the last one by several
       const float* const from = parts + row * pitch;
       const float2 softmax = add_up_softmax(from + at_softmax, num_parts, stride, lanes);
       const float base = base_of(softmax.x);
