@@ -52,7 +52,6 @@ class Agenda {
   __device__ void look_up() {
     const int32_t tiles = kThreads >> plan_.tile_keys_log2;
     key_ = -1;
-    int64_t row = 0;
 #pragma unroll 1
     for (int32_t first = 0; first < tiles && !walk_.done();) {
       const int32_t count = min(tiles - first, walk_.left());
@@ -62,14 +61,14 @@ class Agenda {
         const Tile tile = walk_.tile(plan_, mine);
         key_ = tile.first_key + in_tile;
         if (key_ < tile.span.begin || key_ >= tile.span.seq_len) key_ = -1;
-        row = walk_.seq() * params_.block_table_stride;
+        const int64_t row = walk_.seq() * params_.block_table_stride;
+        if (key_ >= 0) block_ = params_.block_table[row + block_of(key_)];
         if (in_tile == 0) memory_.tiles[(num_tiles_ + mine) % kRing] = tile;
       }
       num_tiles_ += count;
       first += count;
       walk_.advance(params_, plan_, count);
     }
-    if (key_ >= 0) block_ = params_.block_table[row + block_of(key_)];
   }
 
   // Divisions are slow, and block sizes mostly powers of two.

@@ -237,7 +237,7 @@ struct DecodeMemory {
   typename Tiles::Memory tiles;
   RowBlock blocks[kWarps];
   Share share;
-  bool is_last;
+  OpenPiece piece;
 };
 
 template <typename Cache, int kHeadSize, int kTiles, int kWarps>
@@ -253,10 +253,10 @@ __global__ void __launch_bounds__(
   __shared__ Memory shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int head = warp & (plan.heads - 1), part = warp >> plan.heads_log2;
-  const CtaRows cta = CtaRows::of(plan, static_cast<int>(blockIdx.x) % plan.num_columns);
+  const CtaRows cta = CtaRows::of(plan, static_cast<int>(blockIdx.x));
 
   if (params.query_start_loc != nullptr) zero_rows_without_sequence(params);
-  const Share share = find_share<Shape::kThreads>(params, plan, blockIdx.x / plan.num_columns);
+  const Share share = find_share<Shape::kThreads>(params, plan, blockIdx.y);
   if (share.begin == share.end) return;
   if (threadIdx.x == 0) shared.share = share;
 
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(
   const TileLoader<Cache, kHeadSize> loader(params, cta.first_head + head, part, lane);
   DecodeRows<Cache, kHeadSize, kTiles> rows;
   RowBlock& block = shared.blocks[warp];
-  const PieceEnd piece_end{params, plan, store, shared.is_last, cta};
+  const PieceEnd piece_end{params, plan, store, shared.piece, cta};
   bool begins_piece = true;
   // Matrix loads wait in a queue behind the copies that are asked for before them: one half of the
   // warps fetches while the other computes. With two stages nothing would be on its way then.
@@ -293,6 +293,7 @@ __global__ void __launch_bounds__(
     const Tile& tile = tiles.tile(index);
     if (begins_piece) {
       if (lane == 0) block = cta.block(plan, tile.span, head);
+      if (threadIdx.x == 0) piece_end.begin(shared.share, tile);
       __syncwarp();
       rows.begin(params, block, lane);
     }
@@ -310,7 +311,7 @@ __global__ void __launch_bounds__(
       // Until the share ends, keys and values are on their way into all other stages.
       const bool ends_share = index + 1 == tiles.num_tiles();
       piece_end.finish(
-          shared.share, tile, results,
+          tile, results,
           ends_share ? MergeRoom{reinterpret_cast<float*>(memory), plan.stages * plan.result_rows}
                      : MergeRoom{results, plan.result_rows});
       rows = {};  // so that no register has to be kept till here
@@ -350,7 +351,7 @@ struct Decode {
   static void run(const AttentionParams& params, const DecodePlan& plan, const PieceStore& store,
                   cudaStream_t stream) {
     using Shape = DecodeShape<sizeof(Cache), kHeadSize, kWarps>;
-    const Grid grid{static_cast<int64_t>(plan.num_shares) * plan.num_columns};
+    const Grid grid{plan.num_columns, plan.num_shares};  // a division less than in one row
     cuda::launch<decode_kernel<Cache, kHeadSize, kTiles, kWarps>>(params.op, grid, Shape::kThreads,
                                                                   plan.stages * Shape::kStageBytes,
                                                                   stream, params, plan, store);

@@ -25,8 +25,7 @@ struct PieceStore {
   int64_t num_cells;  // slots * columns
 
   __device__ int64_t cell(const DecodePlan& plan, int32_t slot) const {
-    return static_cast<int64_t>(slot) * plan.num_columns +
-           static_cast<int32_t>(blockIdx.x) % plan.num_columns;
+    return static_cast<int64_t>(slot) * plan.num_columns + static_cast<int32_t>(blockIdx.x);
   }
   __device__ float* rows_of(const DecodePlan& plan, int32_t slot) const {
     return rows + cell(plan, slot) * floats_of_cell(plan);
@@ -53,6 +52,7 @@ struct CtaRows {
   int32_t first_row;
 
   __device__ static CtaRows of(const DecodePlan& plan, int column) {
+    if (plan.row_chunks == 1) return {column * plan.heads, 0};
     return {column / plan.row_chunks * plan.heads, column % plan.row_chunks * plan.rows_per_cta};
   }
 
@@ -62,21 +62,34 @@ struct CtaRows {
   }
 };
 
-// What a CTA does at the end of a piece. All of it is inlined: a function that is called would have
-// to load the parameters from memory, where these loads wait behind those of keys and values.
+// The piece that a CTA is at, in shared memory.
+struct OpenPiece {
+  Piece piece;
+  int32_t fan;   // how many meet in the first step
+  bool is_last;  // of the CTAs that arrive
+};
+
+// What a CTA does at the ends of a piece. All of it is inlined: a function that is called would
+// have to load the parameters from memory, where these loads wait behind those of keys and values.
 struct PieceEnd {
   const AttentionParams& params;
   const DecodePlan& plan;
   const PieceStore& store;
-  bool& is_last;  // in shared memory: of the CTAs that arrive
+  OpenPiece& open;
   CtaRows cta;
+
+  // By one thread, while the first tile is on its way: at the end the result would wait for it.
+  __device__ __forceinline__ void begin(const Share& share, const Tile& tile) const {
+    open.piece = Piece::of(plan, share, tile);
+    open.fan = fan_in(plan, open.piece, rows_of(tile.span));
+  }
 
   // The rows of the CTA's warps have been put into shared memory, one after the other. Warps that
   // share a head are added up in their order, and the pieces of a sequence by the last CTA that has
   // one, for which there is `room`.
-  __device__ __forceinline__ void finish(const Share& share, const Tile& tile, const float* results,
+  __device__ __forceinline__ void finish(const Tile& tile, const float* results,
                                          const MergeRoom& room) const {
-    const Piece piece = Piece::of(plan, share, tile);
+    const Piece piece = open.piece;
     const bool is_cut = piece.count > 1;
     const int parts = static_cast<int>(blockDim.x / kWarpSize) >> plan.heads_log2;
     __syncthreads();  // all have put their rows
@@ -96,7 +109,7 @@ struct PieceEnd {
   // sums of the group are then.
   __device__ __forceinline__ void merge(const Piece& piece, const Span& span,
                                         const MergeRoom& room) const {
-    const int fan = fan_in(plan, piece, rows_of(span));
+    const int fan = open.fan;
     int first = quotient(piece.index, fan) * fan, end = min(first + fan, piece.count), step = 1;
     int expected = end - first;
     unsigned* arrived = store.arrived + store.cell(plan, piece.slot(first));
@@ -105,10 +118,11 @@ struct PieceEnd {
       __syncthreads();  // all have stored their rows, and none reads shared memory any more
       if (threadIdx.x == 0) {
         // The pieces of one share come in their order.
-        is_last = piece.in_one_share ? piece.index + 1 == end : last_to_arrive(arrived, expected);
+        open.is_last =
+            piece.in_one_share ? piece.index + 1 == end : last_to_arrive(arrived, expected);
       }
       __syncthreads();
-      if (!is_last) return;
+      if (!open.is_last) return;
       const bool all = end - first == piece.count;
       float* const to = all ? nullptr : store.rows_of(plan, piece.slot(first));
       merge_pieces(to, piece, span, first, end, step, room);
@@ -156,13 +170,15 @@ struct PieceEnd {
   __device__ __forceinline__ void add_up(float* to, const Span& span, const float* parts,
                                          int num_parts, int first_row, int num_rows) const {
     const int threads = blockDim.x, lane = threadIdx.x % kWarpSize;
-    int lanes = kWarpSize;
-    while (lanes > 8 && threads / lanes < rows_of(span)) lanes /= 2;
+    int lanes_log2 = 5;
+    while (lanes_log2 > 3 && threads >> lanes_log2 < rows_of(span)) --lanes_log2;
+    const int lanes = 1 << lanes_log2;
     const int pitch = plan.result_pitch, at_softmax = pitch - 4, stride = num_rows * pitch;
     const int mine = lane & (lanes - 1);
 #pragma unroll 1
-    for (int first = (threadIdx.x - lane) / lanes; first < num_rows; first += threads / lanes) {
-      const int row = min(first + lane / lanes, num_rows - 1);  // the last one by several
+    for (int first = static_cast<int>(threadIdx.x - lane) >> lanes_log2; first < num_rows;
+         first += threads >> lanes_log2) {
+      const int row = min(first + (lane >> lanes_log2), num_rows - 1);  // the last one by several
       const float* const from = parts + row * pitch;
       const float2 softmax = add_up_softmax(from + at_softmax, num_parts, stride, lanes);
       const float base = base_of(softmax.x);

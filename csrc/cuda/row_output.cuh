@@ -82,7 +82,8 @@ __device__ __noinline__ inline void zero_rows_without_sequence(const AttentionPa
   const int64_t before = params.query_start_loc[0];
   const int64_t after = params.num_tokens - params.query_start_loc[params.num_seqs];
   const int64_t heads = params.num_heads;
-  for (int64_t i = blockIdx.x; i < (before + after) * heads; i += gridDim.x) {
+  const int64_t cta = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+  for (int64_t i = cta; i < (before + after) * heads; i += int64_t{gridDim.x} * gridDim.y) {
     const int64_t index = i / heads, head = i % heads;
     const int64_t token = index < before ? index : params.num_tokens - after + index - before;
     with_float_type(params.out_dtype, [&](auto type) {

@@ -110,10 +110,27 @@ struct Share {
   uint32_t seq_begin;
 };
 
+// The share of this CTA where there are no more sequences than lanes: each warp finds it by itself.
+__device__ inline Share find_share_of_few(const AttentionParams& params, const DecodePlan& plan,
+                                          uint32_t index) {
+  const int lane = threadIdx.x % kWarpSize;
+  const bool present = lane < static_cast<int>(params.num_seqs);
+  const uint32_t units = present ? num_units(plan, span_of(params, plan, lane)) : 0;
+  const uint32_t before = warp_exclusive_sum(units, lane);
+  const uint32_t total = __shfl_sync(0xffffffffu, before + units, kWarpSize - 1);
+  Share share{Shares::of(total, plan), index, 0, 0, 0, 0};
+  share.begin = share.all.begin_of(index);
+  share.end = share.all.begin_of(index + 1);
+  share.seq = warp_first(before <= share.begin && share.begin < before + units);
+  share.seq_begin = __shfl_sync(0xffffffffu, before, share.seq);
+  return share;
+}
+
 // The share of this CTA, by all kThreads threads of it: each adds up a run of sequences, and the
 // one in whose run the share begins looks for the sequence.
 template <int kThreads>
 __device__ Share find_share(const AttentionParams& params, const DecodePlan& plan, uint32_t index) {
+  if (params.num_seqs <= kWarpSize) return find_share_of_few(params, plan, index);
   constexpr int kWarps = kThreads / kWarpSize;
   __shared__ uint32_t warp_totals[kWarps];
   __shared__ uint32_t found[2];

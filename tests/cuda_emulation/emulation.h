@@ -105,6 +105,15 @@ inline bool __any_sync(unsigned mask, bool x) {
   }
   return false;
 }
+inline unsigned __ballot_sync(unsigned mask, bool x) {
+  if (mask != ~0u) std::abort();
+  unsigned long all[32];
+  emulation::gather(x, all);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(all[lane]) << lane;
+  return bits;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline uint32_t __umulhi(uint32_t x, uint32_t y) {
   return static_cast<uint32_t>(static_cast<uint64_t>(x) * y >> 32);
 }
