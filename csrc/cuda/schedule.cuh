@@ -115,7 +115,7 @@ __device__ inline Share find_share_of_few(const AttentionParams& params, const D
                                           uint32_t index) {
   const int lane = threadIdx.x % kWarpSize;
   const bool present = lane < static_cast<int>(params.num_seqs);
-  const uint32_t units = present ? num_units(plan, span_of(params, plan, lane)) : 0;
+  const uint32_t units = present ? span_of(params, plan, lane).num_tiles : 0;
   const uint32_t before = warp_exclusive_sum(units, lane);
   const uint32_t total = __shfl_sync(0xffffffffu, before + units, kWarpSize - 1);
   Share share{Shares::of(total, plan), index, 0, 0, 0, 0};
