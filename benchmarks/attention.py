@@ -20,22 +20,35 @@ import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from cases import (
     FLOAT8,
     FLOPS_PER_BYTE,
     Batch,
+    BlockPairs,
     Case,
     Rows,
     cpu_cases,
     cuda_cases,
     make_batch,
+    make_pairs,
     make_rows,
     relative_error,
 )
-from peers import WRITERS, Peer, Unsupported, attention_peers, load_vllm, ours, written_error
-from reads import copies, reads
+from peers import (
+    COPIERS,
+    WRITERS,
+    Peer,
+    Unsupported,
+    attention_peers,
+    copied_error,
+    load_vllm,
+    ours,
+    written_error,
+)
+from reads import block_copies, reads, row_copies
 from report import OURS, Result, Table, machine, print_case, print_summary, write_json, write_png
 from timing import Call, cuda_graph, host_seconds, in_turn, interleaved, median_ms
 
@@ -44,6 +57,7 @@ REPLAY_BYTES = 2e9  # in one CUDA graph: its launch is then not seen
 
 Contenders = dict[str, list[Call]]
 Results = dict[str, Result]
+Moved = TypeVar("Moved", Rows, BlockPairs)
 
 
 def first_line(error: Exception) -> str:
@@ -77,15 +91,19 @@ def attention_contenders(
     return calls, results
 
 
-def write_contenders(batches: Sequence[Rows]) -> tuple[Contenders, Results]:
-    """The same for the writing of the cache."""
+def write_contenders(
+    writers: Mapping[str, Callable[[Moved], Call]],
+    error_of: Callable[[Moved, Call], float],
+    batches: Sequence[Moved],
+) -> tuple[Contenders, Results]:
+    """The same for what writes into the cache."""
     calls: Contenders = {}
     results: Results = {}
-    for name, prepare in WRITERS.items():
+    for name, prepare in writers.items():
         results[name] = row = Result()
         try:
-            prepared = [prepare(rows) for rows in batches]
-            row.error = written_error(batches[0], prepared[0])
+            prepared = [prepare(batch) for batch in batches]
+            row.error = error_of(batches[0], prepared[0])
             if row.error:
                 raise ArithmeticError(f"wrong result: a share of {row.error:.1e}")
             calls[name] = prepared
@@ -128,7 +146,12 @@ def measure(case: Case, device: torch.device, rounds: int, flex: bool) -> Table:
     count = min(40, max(2, math.ceil(COLD_BYTES[device.type] / case.kv_bytes)))
     if case.write:
         rows = [make_rows(case, device) for _ in range(count)]
-        (calls, results), ceilings = write_contenders(rows), {"copy": copies(rows)}
+        calls, results = write_contenders(WRITERS, written_error, rows)
+        ceilings = {"copy": row_copies(rows)}
+    elif case.copy:
+        pairs = [make_pairs(case, device) for _ in range(count)]
+        calls, results = write_contenders(COPIERS, copied_error, pairs)
+        ceilings = {"copy": block_copies(pairs)}
     else:
         batches = [make_batch(case, device) for _ in range(count)]
         calls, results = attention_contenders(attention_peers(device, flex), batches)
@@ -138,7 +161,7 @@ def measure(case: Case, device: torch.device, rounds: int, flex: bool) -> Table:
         results[name].us = us.get(name, math.nan)
         results[name].failure = failures.get(name, "")
     ceiling = min((name for name in ceilings if name in us), key=us.__getitem__)
-    moved = 2 * case.kv_bytes if case.write else case.kv_bytes
+    moved = 2 * case.kv_bytes if case.write or case.copy else case.kv_bytes
     return Table(case, moved, ceiling, us[ceiling], results)
 
 

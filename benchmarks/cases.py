@@ -28,6 +28,8 @@ class Case:
     cache_dtype: torch.dtype | None = None
     write: bool = False
     """Whether it measures the writing of the cache; its sequences are new then."""
+    copy: bool = False
+    """Whether it measures the copying of its sequences' blocks to as many others."""
 
     @property
     def query_lens(self) -> tuple[int, ...]:
@@ -60,7 +62,7 @@ class Case:
     @property
     def flops(self) -> float:
         """Of the two matrix products of causal attention, the masked part not counted."""
-        if self.write:
+        if self.write or self.copy:
             return 0.0
         pairs = sum(
             query_len * (seq_len - (query_len - 1) / 2)
@@ -131,6 +133,15 @@ class Rows:
     one: Tensor
 
 
+@dataclass
+class BlockPairs:
+    """The tensors of one copy of blocks: each block of a cache is a source or a destination."""
+
+    case: Case
+    kv_cache: Tensor
+    block_pairs: Tensor
+
+
 def random_(tensor: Tensor) -> Tensor:
     """Fill with normal values, a piece at a time where a dtype needs a copy."""
     if tensor.dtype != FLOAT8:
@@ -174,6 +185,12 @@ def make_rows(case: Case, device: torch.device) -> Rows:
     slots = slots[torch.randperm(num_blocks)].flatten()[:num_tokens]
     kv_cache = make_cache(case, num_blocks, device)
     return Rows(case, key, value, kv_cache, slots.to(device), torch.ones(1, device=device))
+
+
+def make_pairs(case: Case, device: torch.device) -> BlockPairs:
+    num_pairs = sum(case.seq_lens) // case.block_size
+    block_pairs = torch.randperm(2 * num_pairs).view(num_pairs, 2)
+    return BlockPairs(case, make_cache(case, 2 * num_pairs, device), block_pairs.to(device))
 
 
 def expected_rows(batch: Batch, sequence: int, count: int = 64) -> tuple[slice, Tensor]:
@@ -234,6 +251,7 @@ def cuda_cases() -> list[Case]:
         Case("chunks_8x512_on_8k", (8192,) * 8, 512),
         Case("mixed_63x4k_1x2k", (4096,) * 63 + (2048,), (1,) * 63 + (2048,)),
         Case("write_kv_8192", (8192,), write=True),
+        Case("copy_512_blocks", (8192,), copy=True),
     ]
 
 
@@ -245,7 +263,10 @@ def cpu_cases() -> list[Case]:
         Case("lognormal_b32", lognormal(32, 1024)),
         Case("mha_b4_ctx2k", (2048,) * 4, num_kv_heads=32),
         Case("64/8_b4_ctx4k", (4096,) * 4, num_heads=64),
+        Case("fp8_b4_ctx4k", (4096,) * 4, cache_dtype=FLOAT8),
+        Case("fp8_mha_b4_ctx2k", (2048,) * 4, num_kv_heads=32, cache_dtype=FLOAT8),
         Case("prefill_1x2k", (2048,), 2048),
         Case("chunk_256_on_2k", (2048,), 256),
         Case("write_kv_2048", (2048,), write=True),
+        Case("copy_512_blocks", (8192,), copy=True),
     ]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.attention.bias
-from cases import FLOAT8, Batch, Rows
+from cases import FLOAT8, Batch, BlockPairs, Rows
 from torch import Tensor
 
 import paged_ops  # noqa: F401  (registers the operators)
@@ -439,10 +439,37 @@ def written_error(rows: Rows, call: Write) -> float:
     return float(wrong + (rows.kv_cache[blocks, 1, offsets] != rows.value).float().mean())
 
 
+def copy_ours(pairs: BlockPairs) -> Write:
+    copy = torch.ops.paged.copy_blocks.default
+    return lambda: copy(pairs.kv_cache, pairs.block_pairs)
+
+
+def copy_index(pairs: BlockPairs) -> Write:
+    """PyTorch's indexed assignment, which gathers the sources first."""
+    sources, destinations = pairs.block_pairs.unbind(1)
+
+    def call() -> None:
+        pairs.kv_cache[destinations] = pairs.kv_cache[sources]
+
+    return call
+
+
+def copied_error(pairs: BlockPairs, call: Write) -> float:
+    """The share of the elements that a copy leaves wrong."""
+    sources, destinations = pairs.block_pairs.unbind(1)
+    pairs.kv_cache[destinations] = 0
+    call()
+    return float((pairs.kv_cache[destinations] != pairs.kv_cache[sources]).float().mean())
+
+
 WRITERS: dict[str, Callable[[Rows], Write]] = {
     "paged_ops": write_ours,
     "vLLM reshape_and_cache_flash": write_vllm,
     "indexed assignment": write_index,
+}
+COPIERS: dict[str, Callable[[BlockPairs], Write]] = {
+    "paged_ops": copy_ours,
+    "indexed assignment": copy_index,
 }
 
 

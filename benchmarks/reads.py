@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from cases import Rows
+from cases import BlockPairs, Rows
 from timing import Call
 from torch import Tensor
 
@@ -68,9 +68,15 @@ def reads(memory: Tensor, num_bytes: int) -> dict[str, Call]:
     return torch_reads(flat, num_bytes)
 
 
-def copies(batches: Sequence[Rows]) -> list[Call]:
+def row_copies(batches: Sequence[Rows]) -> list[Call]:
     """PyTorch's copy of the bytes that each batch writes."""
     return [
         functools.partial(source.clone().copy_, source)
         for source in (torch.stack((rows.key, rows.value)) for rows in batches)
     ]
+
+
+def block_copies(batches: Sequence[BlockPairs]) -> list[Call]:
+    """PyTorch's copy of half of each cache to the other half."""
+    halves = (pairs.kv_cache.chunk(2) for pairs in batches)
+    return [functools.partial(destination.copy_, source) for source, destination in halves]

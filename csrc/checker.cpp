@@ -29,16 +29,6 @@ std::string device_name(const Tensor& tensor) {
   return (tensor.is_cuda() ? "cuda:" : "device:") + index;
 }
 
-Device device_of(const Tensor& tensor) {
-  Device device{};
-  if (!tensor.defined()) return device;
-  if (aoti_torch_get_device_type(tensor.get(), &device.type) != AOTI_TORCH_SUCCESS) {
-    throw std::logic_error("paged_ops: a tensor without a device; please report this");
-  }
-  device.index = tensor.get_device_index();
-  return device;
-}
-
 const char* dtype_name(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
@@ -76,47 +66,42 @@ std::string expected_shape(std::initializer_list<Size*> sizes) {
 }
 
 // First and one past the last byte that the elements of a tensor lie in.
-std::pair<const char*, const char*> span(const Tensor& tensor) {
-  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
-  if (tensor.numel() == 0) return {begin, begin};
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
+std::pair<const char*, const char*> span(const TensorView& tensor) {
+  if (tensor.numel() == 0) return {tensor.data, tensor.data};
   int64_t last = 0;
-  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+  for (size_t d = 0; d < tensor.sizes.size(); ++d) {
+    last += (tensor.sizes[d] - 1) * tensor.strides[d];
+  }
+  return {tensor.data, tensor.data + (last + 1) * tensor.element_size()};
 }
 
 }  // namespace
-
-Checker::Checker(const char* op, const char* anchor_name, const Tensor& anchor)
-    : op_(op), anchor_name_(anchor_name), anchor_(anchor), anchor_device_(device_of(anchor)) {}
 
 void Checker::fail(const char* name, const std::string& expected, const std::string& got) const {
   throw std::runtime_error(std::string("paged::") + op_ + ": " + name + " must " + expected +
                            ", got " + got);
 }
 
-void Checker::device(const char* name, const Tensor& tensor) const {
-  if (!tensor.defined()) fail(name, "be a tensor", "None");
-  if (&tensor == &anchor_) return;
-  const Device device = device_of(tensor);
-  if (device.type == anchor_device_.type && device.index == anchor_device_.index) return;
-  fail(name, "be on " + device_name(anchor_) + " like " + anchor_name_, device_name(tensor));
+void Checker::device(const char* name, const TensorView& tensor) const {
+  if (!tensor.defined) fail(name, "be a tensor", "None");
+  if (tensor.device == anchor_.device) return;
+  fail(name, "be on " + device_name(anchor_.tensor) + " like " + anchor_name_,
+       device_name(tensor.tensor));
 }
 
-void Checker::dtype(const char* name, const Tensor& tensor,
+void Checker::dtype(const char* name, const TensorView& tensor,
                     std::initializer_list<ScalarType> accepted) const {
-  const ScalarType type = tensor.scalar_type();
-  if (std::find(accepted.begin(), accepted.end(), type) != accepted.end()) return;
+  if (std::find(accepted.begin(), accepted.end(), tensor.dtype) != accepted.end()) return;
   std::string expected;
   for (const ScalarType each : accepted) {
     expected += (expected.empty() ? "be " : " or ") + std::string(dtype_name(each));
   }
-  fail(name, expected, dtype_name(type));
+  fail(name, expected, dtype_name(tensor.dtype));
 }
 
-void Checker::shape(const char* name, const Tensor& tensor,
+void Checker::shape(const char* name, const TensorView& tensor,
                     std::initializer_list<Size*> sizes) const {
-  const auto got = tensor.sizes();
+  const auto got = tensor.sizes;
   bool matches = got.size() == sizes.size();
   size_t dim = 0;
   for (Size* size : sizes) {
@@ -131,21 +116,19 @@ void Checker::shape(const char* name, const Tensor& tensor,
   }
 }
 
-void Checker::unit_stride(const char* name, const Tensor& tensor) const {
-  const auto strides = tensor.strides();
-  const size_t last = strides.size() - 1;
-  if (strides[last] == 1 || tensor.size(static_cast<int64_t>(last)) <= 1) return;
-  fail(name, "have stride 1 in its last dimension", "strides " + bracketed(strides));
+void Checker::unit_stride(const char* name, const TensorView& tensor) const {
+  const size_t last = tensor.sizes.size() - 1;
+  if (tensor.strides[last] == 1 || tensor.sizes[last] <= 1) return;
+  fail(name, "have stride 1 in its last dimension", "strides " + bracketed(tensor.strides));
 }
 
-void Checker::contiguous(const char* name, const Tensor& tensor) const {
-  if (!tensor.is_contiguous())
-    fail(name, "be contiguous", "strides " + bracketed(tensor.strides()));
+void Checker::contiguous(const char* name, const TensorView& tensor) const {
+  if (!tensor.contiguous()) fail(name, "be contiguous", "strides " + bracketed(tensor.strides));
 }
 
-void Checker::distinct_elements(const char* name, const Tensor& tensor) const {
-  if (tensor.numel() == 0) return;
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
+void Checker::distinct_elements(const char* name, const TensorView& tensor) const {
+  if (tensor.contiguous()) return;
+  const auto sizes = tensor.sizes, strides = tensor.strides;
   std::array<std::pair<int64_t, int64_t>, 5> dims;  // (stride, size); no argument has more
   size_t count = 0;
   for (size_t d = 0; d < sizes.size(); ++d) {
@@ -162,8 +145,8 @@ void Checker::distinct_elements(const char* name, const Tensor& tensor) const {
   }
 }
 
-void Checker::disjoint(const char* name, const Tensor& tensor, const char* other_name,
-                       const Tensor& other) const {
+void Checker::disjoint(const char* name, const TensorView& tensor, const char* other_name,
+                       const TensorView& other) const {
   const auto [begin, end] = span(tensor);
   const auto [other_begin, other_end] = span(other);
   if (begin == end || other_begin == other_end) return;

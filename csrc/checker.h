@@ -1,9 +1,6 @@
-// The vocabulary of the checks: what a tensor argument can be asked, and the one form of every
+// The vocabulary of the checks: what a tensor argument has to be, and the one form of every
 // message, "paged::<operator>: <argument> must <what was expected>, got <what came>".
 #pragma once
-
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -11,11 +8,10 @@
 #include <string>
 
 #include "params.h"
+#include "tensor_view.h"
 
 namespace paged_ops {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 inline constexpr char kConstant[] = "";  // bound_by of a size that is known beforehand
@@ -27,39 +23,32 @@ struct Size {
   const char* bound_by = nullptr;  // the argument it was first seen in
 };
 
-struct Device {
-  int32_t type;
-  int32_t index;
-};
-
-// Each question to a tensor is a call through the C interface of torch, so sizes and strides are
-// asked for once, not one by one.
 class Checker {
  public:
   // Every tensor that is checked has to be on the device of `anchor`.
-  Checker(const char* op, const char* anchor_name, const Tensor& anchor);
+  Checker(const char* op, const char* anchor_name, const TensorView& anchor)
+      : op_(op), anchor_name_(anchor_name), anchor_(anchor) {}
 
-  void device(const char* name, const Tensor& tensor) const;
-  void dtype(const char* name, const Tensor& tensor,
+  void device(const char* name, const TensorView& tensor) const;
+  void dtype(const char* name, const TensorView& tensor,
              std::initializer_list<ScalarType> accepted) const;
   // Binds the sizes not yet seen and compares the others.
-  void shape(const char* name, const Tensor& tensor, std::initializer_list<Size*> sizes) const;
+  void shape(const char* name, const TensorView& tensor, std::initializer_list<Size*> sizes) const;
   // The elements along the last dimension are neighbours in memory.
-  void unit_stride(const char* name, const Tensor& tensor) const;
-  void contiguous(const char* name, const Tensor& tensor) const;
+  void unit_stride(const char* name, const TensorView& tensor) const;
+  void contiguous(const char* name, const TensorView& tensor) const;
   // No two elements share memory: what is written must not be an expanded tensor.
-  void distinct_elements(const char* name, const Tensor& tensor) const;
+  void distinct_elements(const char* name, const TensorView& tensor) const;
   // Shares no memory with `other`, judged by the span of addresses from first to last element.
-  void disjoint(const char* name, const Tensor& tensor, const char* other_name,
-                const Tensor& other) const;
+  void disjoint(const char* name, const TensorView& tensor, const char* other_name,
+                const TensorView& other) const;
   [[noreturn]] void fail(const char* name, const std::string& expected,
                          const std::string& got) const;
 
  private:
   const char* op_;
   const char* anchor_name_;
-  const Tensor& anchor_;
-  const Device anchor_device_;
+  const TensorView& anchor_;
 };
 
 DType to_dtype(ScalarType type);

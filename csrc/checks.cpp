@@ -24,7 +24,7 @@ struct Sizes {
   Size two{"2", 2, kConstant};
 };
 
-void check_tokens(const Checker& check, const char* name, const Tensor& tensor, Size& num_heads,
+void check_tokens(const Checker& check, const char* name, const TensorView& tensor, Size& num_heads,
                   Sizes& sizes) {
   check.device(name, tensor);
   check.dtype(name, tensor, kFloatTypes);
@@ -32,14 +32,13 @@ void check_tokens(const Checker& check, const char* name, const Tensor& tensor, 
   check.unit_stride(name, tensor);
 }
 
-void check_cache_dtype(const Checker& check, const char* name, const Tensor& cache,
-                       const char* like_name, const Tensor& like) {
-  const ScalarType type = cache.scalar_type();
-  if (type == ScalarType::Float8_e4m3fn || type == like.scalar_type()) return;
+void check_cache_dtype(const Checker& check, const char* name, const TensorView& cache,
+                       const char* like_name, const TensorView& like) {
+  if (cache.dtype == ScalarType::Float8_e4m3fn || cache.dtype == like.dtype) return;
   check.fail(name,
              std::string("have the dtype of ") + like_name + " (" +
-                 torch::headeronly::toString(like.scalar_type()) + ") or be float8_e4m3fn",
-             torch::headeronly::toString(type));
+                 torch::headeronly::toString(like.dtype) + ") or be float8_e4m3fn",
+             torch::headeronly::toString(cache.dtype));
 }
 
 void check_sizes(const Checker& check, const char* cache_name, const Sizes& sizes) {
@@ -57,7 +56,7 @@ void check_sizes(const Checker& check, const char* cache_name, const Sizes& size
   }
 }
 
-void check_kv_cache(const Checker& check, const Tensor& kv_cache, Sizes& sizes) {
+void check_kv_cache(const Checker& check, const TensorView& kv_cache, Sizes& sizes) {
   check.device("kv_cache", kv_cache);
   check.shape(
       "kv_cache", kv_cache,
@@ -66,16 +65,21 @@ void check_kv_cache(const Checker& check, const Tensor& kv_cache, Sizes& sizes) 
   check_sizes(check, "kv_cache", sizes);
 }
 
+template <typename T>
+const T* data_of(const TensorView& tensor) {
+  return reinterpret_cast<const T*>(tensor.data);
+}
+
 // K is half 0 and V is half 1 of a kv_cache.
 template <typename Pointer>
-CacheHalf<Pointer> half_of(const Tensor& kv_cache, int64_t half) {
-  const auto strides = kv_cache.strides();
-  const int64_t offset = half * strides[1] * static_cast<int64_t>(kv_cache.element_size());
-  char* const data = static_cast<char*>(kv_cache.data_ptr()) + offset;
+CacheHalf<Pointer> half_of(const TensorView& kv_cache, int64_t half) {
+  const auto strides = kv_cache.strides;
+  const int64_t offset = half * strides[1] * kv_cache.element_size();
+  char* const data = static_cast<char*>(kv_cache.tensor.data_ptr()) + offset;
   return {data, strides[0], strides[2], strides[3]};
 }
 
-void check_index(const Checker& check, const char* name, const Tensor& tensor, ScalarType type,
+void check_index(const Checker& check, const char* name, const TensorView& tensor, ScalarType type,
                  std::initializer_list<Size*> sizes) {
   check.device(name, tensor);
   check.dtype(name, tensor, {type});
@@ -86,28 +90,31 @@ void check_index(const Checker& check, const char* name, const Tensor& tensor, S
 const float* check_per_head(const Checker& check, const char* name, const OptionalTensor& tensor,
                             Size& num_heads) {
   if (!tensor.has_value()) return nullptr;
-  check_index(check, name, *tensor, ScalarType::Float, {&num_heads});
-  return static_cast<const float*>(tensor->const_data_ptr());
+  const TensorView view(*tensor);
+  check_index(check, name, view, ScalarType::Float, {&num_heads});
+  return data_of<float>(view);
 }
 
-Scale check_scale(const Checker& check, const char* name, const OptionalTensor& scale,
-                  const Tensor& cache, const Size& num_kv_heads) {
-  if (!scale.has_value()) return {nullptr, 0};
-  check.device(name, *scale);
-  check.dtype(name, *scale, {ScalarType::Float});
-  if (cache.scalar_type() != ScalarType::Float8_e4m3fn) {
+Scale check_scale(const Checker& check, const char* name, const OptionalTensor& tensor,
+                  const TensorView& cache, const Size& num_kv_heads) {
+  if (!tensor.has_value()) return {nullptr, 0};
+  const TensorView scale(*tensor);
+  check.device(name, scale);
+  check.dtype(name, scale, {ScalarType::Float});
+  if (cache.dtype != ScalarType::Float8_e4m3fn) {
     check.fail(name, "be given for a float8_e4m3fn cache only",
-               std::string("a cache of ") + torch::headeronly::toString(cache.scalar_type()));
+               std::string("a cache of ") + torch::headeronly::toString(cache.dtype));
   }
-  const bool one = scale->numel() == 1 && scale->dim() <= 1;
-  const bool per_head = scale->dim() == 1 && scale->size(0) == num_kv_heads.value;
+  const size_t dim = scale.sizes.size();
+  const bool one = scale.numel() == 1 && dim <= 1;
+  const bool per_head = dim == 1 && scale.sizes[0] == num_kv_heads.value;
   if (!one && !per_head) {
-    check.fail(name, "have 1 element or num_kv_heads=" + std::to_string(num_kv_heads.value),
-               std::to_string(scale->numel()) + " elements in " + std::to_string(scale->dim()) +
-                   " dimensions");
+    check.fail(
+        name, "have 1 element or num_kv_heads=" + std::to_string(num_kv_heads.value),
+        std::to_string(scale.numel()) + " elements in " + std::to_string(dim) + " dimensions");
   }
-  check.contiguous(name, *scale);
-  return {static_cast<const float*>(scale->const_data_ptr()), one ? 0 : 1};
+  check.contiguous(name, scale);
+  return {data_of<float>(scale), one ? 0 : 1};
 }
 
 void check_option_values(const Checker& check, const AttentionOptions& options) {
@@ -124,8 +131,8 @@ void check_option_values(const Checker& check, const AttentionOptions& options) 
   }
 }
 
-void check_batch(const Checker& check, const Tensor& block_table, const char* lens_name,
-                 const Tensor& lens, const OptionalTensor& query_start_loc, Sizes& sizes) {
+void check_batch(const Checker& check, const TensorView& block_table, const char* lens_name,
+                 const TensorView& lens, const OptionalTensor& query_start_loc, Sizes& sizes) {
   if (!query_start_loc.has_value()) sizes.num_seqs = {"num_seqs", sizes.num_tokens.value, "query"};
   check.device("block_table", block_table);
   check.dtype("block_table", block_table, {ScalarType::Int});
@@ -147,18 +154,18 @@ bool batch_invariant_by_default() {
   return on;
 }
 
-AttentionParams make_params(const char* op, const char* lens_name, const Tensor& query,
-                            const Tensor& block_table, const Tensor& lens,
+AttentionParams make_params(const char* op, const char* lens_name, const TensorView& query,
+                            const TensorView& block_table, const TensorView& lens,
                             const OptionalTensor& query_start_loc, const Sizes& sizes) {
   AttentionParams params{};
   params.op = op;
   params.seq_lens_name = lens_name;
-  params.query = query.const_data_ptr();
-  params.query_stride_token = query.stride(0);
-  params.query_stride_head = query.stride(1);
-  params.block_table = static_cast<const int32_t*>(block_table.const_data_ptr());
-  params.block_table_stride = block_table.stride(0);
-  params.seq_lens = static_cast<const int32_t*>(lens.const_data_ptr());
+  params.query = query.data;
+  params.query_stride_token = query.strides[0];
+  params.query_stride_head = query.strides[1];
+  params.block_table = data_of<int32_t>(block_table);
+  params.block_table_stride = block_table.strides[0];
+  params.seq_lens = data_of<int32_t>(lens);
   if (query_start_loc.has_value()) {
     params.query_start_loc = static_cast<const int32_t*>(query_start_loc->const_data_ptr());
   }
@@ -174,7 +181,7 @@ AttentionParams make_params(const char* op, const char* lens_name, const Tensor&
   params.window = -1;
   params.causal = true;
   params.batch_invariant = batch_invariant_by_default();
-  params.query_dtype = to_dtype(query.scalar_type());
+  params.query_dtype = to_dtype(query.dtype);
   return params;
 }
 
@@ -189,8 +196,8 @@ void check_group(const Checker& check, const Sizes& sizes) {
 
 }  // namespace
 
-AttentionParams check_attention(const char* op, const Tensor& query, const Tensor& kv_cache,
-                                const Tensor& block_table, const Tensor& seq_lens,
+AttentionParams check_attention(const char* op, const TensorView& query, const TensorView& kv_cache,
+                                const TensorView& block_table, const TensorView& seq_lens,
                                 const OptionalTensor& query_start_loc,
                                 const AttentionOptions& options) {
   const Checker check(op, "query", query);
@@ -206,7 +213,7 @@ AttentionParams check_attention(const char* op, const Tensor& query, const Tenso
       make_params(op, "seq_lens", query, block_table, seq_lens, query_start_loc, sizes);
   params.key_cache = half_of<const void*>(kv_cache, 0);
   params.value_cache = half_of<const void*>(kv_cache, 1);
-  params.cache_dtype = to_dtype(kv_cache.scalar_type());
+  params.cache_dtype = to_dtype(kv_cache.dtype);
   if (options.scale.has_value()) params.scale = static_cast<float>(*options.scale);
   params.causal = options.causal;
   params.window = options.window;
@@ -220,12 +227,12 @@ AttentionParams check_attention(const char* op, const Tensor& query, const Tenso
   return params;
 }
 
-void check_out(const char* op, const Tensor& out, const Tensor& query,
-               std::initializer_list<std::pair<const char*, const Tensor*>> read) {
+void check_out(const char* op, const TensorView& out, const TensorView& query,
+               std::initializer_list<std::pair<const char*, const TensorView*>> read) {
   const Checker check(op, "query", query);
-  Size num_tokens{"num_tokens", query.size(0), "query"};
-  Size num_heads{"num_heads", query.size(1), "query"};
-  Size head_size{"head_size", query.size(2), "query"};
+  Size num_tokens{"num_tokens", query.sizes[0], "query"};
+  Size num_heads{"num_heads", query.sizes[1], "query"};
+  Size head_size{"head_size", query.sizes[2], "query"};
   check.device("out", out);
   check.dtype("out", out, kFloatTypes);
   check.shape("out", out, {&num_tokens, &num_heads, &head_size});
@@ -234,20 +241,28 @@ void check_out(const char* op, const Tensor& out, const Tensor& query,
   for (const auto& [name, tensor] : read) check.disjoint("out", out, name, *tensor);
 }
 
-void set_out(AttentionParams& params, const Tensor& out) {
-  params.out = out.mutable_data_ptr();
-  params.out_stride_token = out.stride(0);
-  params.out_stride_head = out.stride(1);
-  params.out_dtype = to_dtype(out.scalar_type());
+void set_out(AttentionParams& params, const TensorView& out) {
+  params.out = out.tensor.mutable_data_ptr();
+  params.out_stride_token = out.strides[0];
+  params.out_stride_head = out.strides[1];
+  params.out_dtype = to_dtype(out.dtype);
 }
 
-void set_lse(AttentionParams& params, const Tensor& lse) {
+void set_new_out(AttentionParams& params, const Tensor& out) {
+  params.out = out.mutable_data_ptr();
+  params.out_stride_token = int64_t{params.num_heads} * params.head_size;
+  params.out_stride_head = params.head_size;
+  params.out_dtype = params.query_dtype;
+}
+
+void set_new_lse(AttentionParams& params, const Tensor& lse) {
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
 }
 
-AttentionParams check_paged_attention_v1(const Tensor& query, const Tensor& key_cache,
-                                         const Tensor& value_cache, const Tensor& block_table,
-                                         const Tensor& context_lens) {
+AttentionParams check_paged_attention_v1(const TensorView& query, const TensorView& key_cache,
+                                         const TensorView& value_cache,
+                                         const TensorView& block_table,
+                                         const TensorView& context_lens) {
   constexpr const char* kOp = "paged_attention_v1";
   constexpr const char* kLens = "context_lens";
   const Checker check(kOp, "query", query);
@@ -262,30 +277,29 @@ AttentionParams check_paged_attention_v1(const Tensor& query, const Tensor& key_
     check_sizes(check, name, sizes);
     check_cache_dtype(check, name, *cache, "query", query);
   }
-  check.dtype("value_cache", value_cache, {key_cache.scalar_type()});
+  check.dtype("value_cache", value_cache, {key_cache.dtype});
   check_group(check, sizes);
   check_batch(check, block_table, kLens, context_lens, std::nullopt, sizes);
 
   AttentionParams params =
       make_params(kOp, kLens, query, block_table, context_lens, std::nullopt, sizes);
-  const auto whole = [](const Tensor& cache) {
-    return CacheHalf<const void*>{cache.const_data_ptr(), cache.stride(0), cache.stride(1),
-                                  cache.stride(2)};
+  const auto whole = [](const TensorView& cache) {
+    return CacheHalf<const void*>{cache.data, cache.strides[0], cache.strides[1], cache.strides[2]};
   };
   params.key_cache = whole(key_cache);
   params.value_cache = whole(value_cache);
-  params.cache_dtype = to_dtype(key_cache.scalar_type());
+  params.cache_dtype = to_dtype(key_cache.dtype);
   return params;
 }
 
-WriteKvParams check_write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
-                             const Tensor& slot_mapping, const OptionalTensor& k_scale,
-                             const OptionalTensor& v_scale) {
+WriteKvParams check_write_kv(const TensorView& key, const TensorView& value,
+                             const TensorView& kv_cache, const TensorView& slot_mapping,
+                             const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
   const Checker check("write_kv", "key", key);
   Sizes sizes;
   check_tokens(check, "key", key, sizes.num_kv_heads, sizes);
   check_tokens(check, "value", value, sizes.num_kv_heads, sizes);
-  check.dtype("value", value, {key.scalar_type()});
+  check.dtype("value", value, {key.dtype});
   check_kv_cache(check, kv_cache, sizes);
   check_cache_dtype(check, "kv_cache", kv_cache, "key", key);
   check.distinct_elements("kv_cache", kv_cache);
@@ -294,15 +308,15 @@ WriteKvParams check_write_kv(const Tensor& key, const Tensor& value, const Tenso
   check_index(check, "slot_mapping", slot_mapping, ScalarType::Long, {&sizes.num_tokens});
 
   WriteKvParams params{};
-  params.key = key.const_data_ptr();
-  params.key_stride_token = key.stride(0);
-  params.key_stride_head = key.stride(1);
-  params.value = value.const_data_ptr();
-  params.value_stride_token = value.stride(0);
-  params.value_stride_head = value.stride(1);
+  params.key = key.data;
+  params.key_stride_token = key.strides[0];
+  params.key_stride_head = key.strides[1];
+  params.value = value.data;
+  params.value_stride_token = value.strides[0];
+  params.value_stride_head = value.strides[1];
   params.key_cache = half_of<void*>(kv_cache, 0);
   params.value_cache = half_of<void*>(kv_cache, 1);
-  params.slot_mapping = static_cast<const int64_t*>(slot_mapping.const_data_ptr());
+  params.slot_mapping = data_of<int64_t>(slot_mapping);
   params.k_scale = check_scale(check, "k_scale", k_scale, kv_cache, sizes.num_kv_heads);
   params.v_scale = check_scale(check, "v_scale", v_scale, kv_cache, sizes.num_kv_heads);
   params.num_tokens = sizes.num_tokens.value;
@@ -310,12 +324,12 @@ WriteKvParams check_write_kv(const Tensor& key, const Tensor& value, const Tenso
   params.num_kv_heads = to_int32(sizes.num_kv_heads.value);
   params.head_size = to_int32(sizes.head_size.value);
   params.block_size = to_int32(sizes.block_size.value);
-  params.dtype = to_dtype(key.scalar_type());
-  params.cache_dtype = to_dtype(kv_cache.scalar_type());
+  params.dtype = to_dtype(key.dtype);
+  params.cache_dtype = to_dtype(kv_cache.dtype);
   return params;
 }
 
-CopyBlocksParams check_copy_blocks(const Tensor& kv_cache, const Tensor& block_pairs) {
+CopyBlocksParams check_copy_blocks(const TensorView& kv_cache, const TensorView& block_pairs) {
   const Checker check("copy_blocks", "kv_cache", kv_cache);
   Sizes sizes;
   Size num_pairs{"num_pairs"};
@@ -327,39 +341,38 @@ CopyBlocksParams check_copy_blocks(const Tensor& kv_cache, const Tensor& block_p
   check_index(check, "block_pairs", block_pairs, ScalarType::Long, {&num_pairs, &sizes.two});
 
   CopyBlocksParams params{};
-  params.kv_cache = kv_cache.mutable_data_ptr();
-  params.stride_block = kv_cache.stride(0);
-  params.stride_kv = kv_cache.stride(1);
-  params.stride_slot = kv_cache.stride(2);
-  params.stride_head = kv_cache.stride(3);
-  params.block_pairs = static_cast<const int64_t*>(block_pairs.const_data_ptr());
+  params.kv_cache = kv_cache.tensor.mutable_data_ptr();
+  params.stride_block = kv_cache.strides[0];
+  params.stride_kv = kv_cache.strides[1];
+  params.stride_slot = kv_cache.strides[2];
+  params.stride_head = kv_cache.strides[3];
+  params.block_pairs = data_of<int64_t>(block_pairs);
   params.num_pairs = num_pairs.value;
   params.num_blocks = sizes.num_blocks.value;
   params.block_size = to_int32(sizes.block_size.value);
   params.num_kv_heads = to_int32(sizes.num_kv_heads.value);
   params.head_size = to_int32(sizes.head_size.value);
-  params.element_size = static_cast<int32_t>(kv_cache.element_size());
+  params.element_size = to_int32(kv_cache.element_size());
   return params;
 }
 
-MergeStatesParams check_merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
-                                     const Tensor& lse_b) {
+MergeStatesParams check_merge_states(const TensorView& out_a, const TensorView& lse_a,
+                                     const TensorView& out_b, const TensorView& lse_b) {
   const Checker check("merge_states", "out_a", out_a);
   Sizes sizes;
   check_tokens(check, "out_a", out_a, sizes.num_heads, sizes);
   check_tokens(check, "out_b", out_b, sizes.num_heads, sizes);
-  check.dtype("out_b", out_b, {out_a.scalar_type()});
+  check.dtype("out_b", out_b, {out_a.dtype});
   for (const auto& [name, lse] : {std::pair{"lse_a", &lse_a}, std::pair{"lse_b", &lse_b}}) {
     check.device(name, *lse);
     check.dtype(name, *lse, {ScalarType::Float});
     check.shape(name, *lse, {&sizes.num_tokens, &sizes.num_heads});
   }
 
-  const auto state = [](const Tensor& out, const Tensor& lse) {
-    return AttentionState<const void*, const float*>{
-        out.const_data_ptr(), out.stride(0),
-        out.stride(1),        static_cast<const float*>(lse.const_data_ptr()),
-        lse.stride(0),        lse.stride(1)};
+  const auto state = [](const TensorView& out, const TensorView& lse) {
+    return AttentionState<const void*, const float*>{out.data,       out.strides[0],
+                                                     out.strides[1], data_of<float>(lse),
+                                                     lse.strides[0], lse.strides[1]};
   };
   MergeStatesParams params{};
   params.a = state(out_a, lse_a);
@@ -367,14 +380,14 @@ MergeStatesParams check_merge_states(const Tensor& out_a, const Tensor& lse_a, c
   params.num_tokens = sizes.num_tokens.value;
   params.num_heads = to_int32(sizes.num_heads.value);
   params.head_size = to_int32(sizes.head_size.value);
-  params.dtype = to_dtype(out_a.scalar_type());
+  params.dtype = to_dtype(out_a.dtype);
   return params;
 }
 
-void set_merged(MergeStatesParams& params, const Tensor& out, const Tensor& lse) {
-  params.merged = {out.mutable_data_ptr(), out.stride(0),
-                   out.stride(1),          static_cast<float*>(lse.mutable_data_ptr()),
-                   lse.stride(0),          lse.stride(1)};
+void set_new_merged(MergeStatesParams& params, const Tensor& out, const Tensor& lse) {
+  params.merged = {out.mutable_data_ptr(), int64_t{params.num_heads} * params.head_size,
+                   params.head_size,       static_cast<float*>(lse.mutable_data_ptr()),
+                   params.num_heads,       1};
 }
 
 }  // namespace paged_ops

@@ -20,33 +20,36 @@ struct AttentionOptions {
   bool batch_invariant;
 };
 
-// The result has neither out nor lse yet: see set_out and set_lse.
-AttentionParams check_attention(const char* op, const Tensor& query, const Tensor& kv_cache,
-                                const Tensor& block_table, const Tensor& seq_lens,
+// The result has neither out nor lse yet: see below.
+AttentionParams check_attention(const char* op, const TensorView& query, const TensorView& kv_cache,
+                                const TensorView& block_table, const TensorView& seq_lens,
                                 const OptionalTensor& query_start_loc,
                                 const AttentionOptions& options);
 
 // `out` as a caller hands it: checked against query and against everything that is read.
-void check_out(const char* op, const Tensor& out, const Tensor& query,
-               std::initializer_list<std::pair<const char*, const Tensor*>> read);
+void check_out(const char* op, const TensorView& out, const TensorView& query,
+               std::initializer_list<std::pair<const char*, const TensorView*>> read);
 
-// `out` and `lse` of a shape and dtype that are known to be right.
-void set_out(AttentionParams& params, const Tensor& out);
-void set_lse(AttentionParams& params, const Tensor& lse);
+void set_out(AttentionParams& params, const TensorView& out);
 
-AttentionParams check_paged_attention_v1(const Tensor& query, const Tensor& key_cache,
-                                         const Tensor& value_cache, const Tensor& block_table,
-                                         const Tensor& context_lens);
+// Results as operators.h makes them: contiguous, of the query's dtype and of float32.
+void set_new_out(AttentionParams& params, const Tensor& out);
+void set_new_lse(AttentionParams& params, const Tensor& lse);
 
-WriteKvParams check_write_kv(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
-                             const Tensor& slot_mapping, const OptionalTensor& k_scale,
-                             const OptionalTensor& v_scale);
+AttentionParams check_paged_attention_v1(const TensorView& query, const TensorView& key_cache,
+                                         const TensorView& value_cache,
+                                         const TensorView& block_table,
+                                         const TensorView& context_lens);
 
-CopyBlocksParams check_copy_blocks(const Tensor& kv_cache, const Tensor& block_pairs);
+WriteKvParams check_write_kv(const TensorView& key, const TensorView& value,
+                             const TensorView& kv_cache, const TensorView& slot_mapping,
+                             const OptionalTensor& k_scale, const OptionalTensor& v_scale);
 
-// The result has no merged state yet: see set_merged.
-MergeStatesParams check_merge_states(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
-                                     const Tensor& lse_b);
-void set_merged(MergeStatesParams& params, const Tensor& out, const Tensor& lse);
+CopyBlocksParams check_copy_blocks(const TensorView& kv_cache, const TensorView& block_pairs);
+
+// The result has no merged state yet: see set_new_merged.
+MergeStatesParams check_merge_states(const TensorView& out_a, const TensorView& lse_a,
+                                     const TensorView& out_b, const TensorView& lse_b);
+void set_new_merged(MergeStatesParams& params, const Tensor& out, const Tensor& lse);
 
 }  // namespace paged_ops

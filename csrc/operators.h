@@ -12,29 +12,23 @@
 namespace paged_ops {
 
 // Contiguous tensors where `query` is, past the dispatcher, which would cost a microsecond.
-inline Tensor new_tensor(const Tensor& query, int64_t dims, const int64_t* strides, int32_t dtype) {
-  int32_t device_type = 0;
+inline Tensor new_tensor(const TensorView& query, int64_t dims, const int64_t* strides,
+                         int32_t dtype_code) {
   AtenTensorHandle made = nullptr;
-  if (aoti_torch_get_device_type(query.get(), &device_type) != AOTI_TORCH_SUCCESS ||
-      aoti_torch_empty_strided(dims, query.sizes().data(), strides, dtype, device_type,
-                               query.get_device_index(), &made) != AOTI_TORCH_SUCCESS) {
+  if (aoti_torch_empty_strided(dims, query.sizes.data(), strides, dtype_code, query.device.type,
+                               query.device.index, &made) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("paged_ops: no memory for the result");
   }
   return Tensor(made);
 }
 
-inline Tensor new_out(const Tensor& query) {
-  const auto sizes = query.sizes();
-  const int64_t strides[] = {sizes[1] * sizes[2], sizes[2], 1};
-  int32_t dtype = 0;
-  if (aoti_torch_get_dtype(query.get(), &dtype) != AOTI_TORCH_SUCCESS) {
-    throw std::logic_error("paged_ops: a tensor without a dtype; please report this");
-  }
-  return new_tensor(query, 3, strides, dtype);
+inline Tensor new_out(const TensorView& query) {
+  const int64_t strides[] = {query.sizes[1] * query.sizes[2], query.sizes[2], 1};
+  return new_tensor(query, 3, strides, query.dtype_code);
 }
 
-inline Tensor new_lse(const Tensor& query) {
-  const int64_t strides[] = {query.size(1), 1};
+inline Tensor new_lse(const TensorView& query) {
+  const int64_t strides[] = {query.sizes[1], 1};
   return new_tensor(query, 2, strides, aoti_torch_dtype_float32());
 }
 
@@ -45,11 +39,12 @@ Tensor attention(const Tensor& query, const Tensor& kv_cache, const Tensor& bloc
                  const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                  const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                  bool batch_invariant) {
+  const TensorView query_view(query);
   AttentionParams params = check_attention(
-      "attention", query, kv_cache, block_table, seq_lens, query_start_loc,
+      "attention", query_view, kv_cache, block_table, seq_lens, query_start_loc,
       {scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale, batch_invariant});
-  const Tensor out = new_out(query);
-  set_out(params, out);
+  const Tensor out = new_out(query_view);
+  set_new_out(params, out);
   Backend::run(params, query);
   return out;
 }
@@ -60,13 +55,14 @@ std::tuple<Tensor, Tensor> attention_lse(
     const OptionalTensor& query_start_loc, const std::optional<double>& scale, bool causal,
     int64_t window, double softcap, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
     const OptionalTensor& k_scale, const OptionalTensor& v_scale, bool batch_invariant) {
+  const TensorView query_view(query);
   AttentionParams params = check_attention(
-      "attention_lse", query, kv_cache, block_table, seq_lens, query_start_loc,
+      "attention_lse", query_view, kv_cache, block_table, seq_lens, query_start_loc,
       {scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale, batch_invariant});
-  const Tensor out = new_out(query);
-  const Tensor lse = new_lse(query);
-  set_out(params, out);
-  set_lse(params, lse);
+  const Tensor out = new_out(query_view);
+  const Tensor lse = new_lse(query_view);
+  set_new_out(params, out);
+  set_new_lse(params, lse);
   Backend::run(params, query);
   return {out, lse};
 }
@@ -78,11 +74,13 @@ void attention_out(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                    const OptionalTensor& k_scale, const OptionalTensor& v_scale,
                    bool batch_invariant, const Tensor& out) {
+  const TensorView query_view(query), cache_view(kv_cache), out_view(out);
   AttentionParams params = check_attention(
-      "attention_out", query, kv_cache, block_table, seq_lens, query_start_loc,
+      "attention_out", query_view, cache_view, block_table, seq_lens, query_start_loc,
       {scale, causal, window, softcap, alibi_slopes, sinks, k_scale, v_scale, batch_invariant});
-  check_out("attention_out", out, query, {{"query", &query}, {"kv_cache", &kv_cache}});
-  set_out(params, out);
+  check_out("attention_out", out_view, query_view,
+            {{"query", &query_view}, {"kv_cache", &cache_view}});
+  set_out(params, out_view);
   Backend::run(params, query);
 }
 
@@ -90,11 +88,12 @@ template <typename Backend>
 void paged_attention_v1(const Tensor& out, const Tensor& query, const Tensor& key_cache,
                         const Tensor& value_cache, const Tensor& block_table,
                         const Tensor& context_lens) {
+  const TensorView query_view(query), key_view(key_cache), value_view(value_cache), out_view(out);
   AttentionParams params =
-      check_paged_attention_v1(query, key_cache, value_cache, block_table, context_lens);
-  check_out("paged_attention_v1", out, query,
-            {{"query", &query}, {"key_cache", &key_cache}, {"value_cache", &value_cache}});
-  set_out(params, out);
+      check_paged_attention_v1(query_view, key_view, value_view, block_table, context_lens);
+  check_out("paged_attention_v1", out_view, query_view,
+            {{"query", &query_view}, {"key_cache", &key_view}, {"value_cache", &value_view}});
+  set_out(params, out_view);
   Backend::run(params, query);
 }
 
@@ -113,10 +112,11 @@ void copy_blocks(const Tensor& kv_cache, const Tensor& block_pairs) {
 template <typename Backend>
 std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a,
                                         const Tensor& out_b, const Tensor& lse_b) {
-  MergeStatesParams params = check_merge_states(out_a, lse_a, out_b, lse_b);
-  const Tensor out = new_out(out_a);
-  const Tensor lse = new_lse(out_a);
-  set_merged(params, out, lse);
+  const TensorView view_a(out_a);
+  MergeStatesParams params = check_merge_states(view_a, lse_a, out_b, lse_b);
+  const Tensor out = new_out(view_a);
+  const Tensor lse = new_lse(view_a);
+  set_new_merged(params, out, lse);
   Backend::run(params, out_a);
   return {out, lse};
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -94,10 +95,25 @@ def check_row_counts() -> None:
             assert_accurate(lse, expected_lse, case.dtype)
 
 
+def check_float8_values() -> None:
+    """Each float8, as an element of the only key of a sequence and of its value, in few rows and
+    many."""
+    value = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    key = value.float().nan_to_num(0.0)
+    kv_cache = torch.stack((key.to(value.dtype), value))[None, :, None, None]
+    block_table, seq_lens = torch.zeros(256, 1, dtype=torch.int32), torch.ones(256).int()
+    for dtype, num_heads in itertools.product((torch.bfloat16, torch.float32), (1, 4, 24)):
+        query = torch.eye(256, dtype=dtype)[:, None].repeat(1, num_heads, 1)
+        out, lse = ops.attention_lse(query, kv_cache, block_table, seq_lens, scale=1.0)
+        exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(out, value.to(dtype).expand_as(out), **exact)
+        torch.testing.assert_close(lse, key[:, None].expand_as(lse), rtol=1e-6, atol=1e-7)
+
+
 def test_every_instruction_set():
     names = re.findall(r"\w+", refusal().split("must be one of:")[1].split(";")[0])
     assert names[-1] == "scalar"
-    checks = "t.check_random_configurations(); t.check_row_counts()"
+    checks = "t.check_random_configurations(); t.check_row_counts(); t.check_float8_values()"
     for name in names:
         result = run_with(name, f"import test_cpu_kernels as t; {checks}")
         assert result.returncode == 0, f"{name}: {result.stderr[-2000:]}"

@@ -189,20 +189,30 @@ void write_padding(const AttentionParams& params) {
   }
 }
 
-// MathOf<T>: the arithmetic for a cache of T.
+template <typename Math, typename T>
+void attend_units(const AttentionParams& params, const Schedule& schedule) {
+  for_each_unit(schedule.num_units(), schedule.max_threads(), [&](int64_t index) {
+    const Unit unit = schedule.unit(index);
+    if (unit.num_tokens * params.group_size() < Math::kLeastRows) {
+      return attend_unit<typename Math::OfFewerRows, T>(params, schedule, unit);
+    }
+    attend_unit<Math, T>(params, schedule, unit);
+  });
+}
+
+// MathOf<T>: the arithmetic for a cache of T. What it has for float8 may be bfloat16's, which does
+// not hold a query of another type.
 template <template <typename> class MathOf, const Blocking& kBlocking = kVectorBlocking>
 void attention(const AttentionParams& params) {
   const Schedule schedule(params, kBlocking);
   with_cache_type(params.cache_dtype, [&](auto type) {
     using T = decltype(type);
-    for_each_unit(schedule.num_units(), schedule.max_threads(), [&](int64_t index) {
-      const Unit unit = schedule.unit(index);
-      using Math = typename MathOf<T>::type;
-      if (unit.num_tokens * params.group_size() < Math::kLeastRows) {
-        return attend_unit<typename Math::OfFewerRows, T>(params, schedule, unit);
+    if constexpr (std::is_same_v<T, Float8E4M3>) {
+      if (params.query_dtype != DType::kBFloat16) {
+        return attend_units<Float32Math, T>(params, schedule);
       }
-      attend_unit<Math, T>(params, schedule, unit);
-    });
+    }
+    attend_units<typename MathOf<T>::type, T>(params, schedule);
   });
   if (schedule.has_splits()) {
     for_each_unit(params.num_seqs, schedule.max_threads(),

@@ -40,6 +40,10 @@ template <>
 struct MathOf<BFloat16> {
   using type = AmxMath;
 };
+template <>
+struct MathOf<Float8E4M3> {
+  using type = AmxMath;
+};
 
 }  // namespace
 

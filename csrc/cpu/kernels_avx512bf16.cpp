@@ -37,6 +37,10 @@ template <>
 struct MathOf<BFloat16> {
   using type = BFloat16Math;
 };
+template <>
+struct MathOf<Float8E4M3> {
+  using type = BFloat16Math;
+};
 
 }  // namespace
 

@@ -102,24 +102,27 @@ void arrange_query(AmxMath, const Unit& unit, const Workspace<BFloat16>& space) 
   }
 }
 
-// 16 keys of one head: in the cache, if they lie there at even distances, else in `copy`.
+// 16 keys of one head: in the cache, if bfloat16 lie there at even distances, else in `copy`.
 struct KeyRows {
   const BFloat16* data;
   int64_t stride;  // bytes
 
-  KeyRows(const AttentionParams& params, const Tile<BFloat16>& tile, int first, int64_t head_offset,
+  template <typename T>
+  KeyRows(const AttentionParams& params, const Tile<T>& tile, int first, int64_t head_offset,
           BFloat16* copy) {
-    const bool whole = params.head_size % AmxMath::kHeadMultiple == 0;
-    const bool one_block = params.block_size % kTileRows == 0;
-    if (first < tile.num_keys && tile.keys[first] != nullptr && whole && one_block) {
-      data = tile.keys[first] + head_offset;
-      stride = params.key_cache.stride_slot * 2;
-      return;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const bool whole = params.head_size % AmxMath::kHeadMultiple == 0;
+      const bool one_block = params.block_size % kTileRows == 0;
+      if (first < tile.num_keys && tile.keys[first] != nullptr && whole && one_block) {
+        data = tile.keys[first] + head_offset;
+        stride = params.key_cache.stride_slot * 2;
+        return;
+      }
     }
     const int64_t width = round_up(params.head_size, AmxMath::kHeadMultiple);
     for (int i = 0; i < kTileRows; ++i) {
       const bool counts = first + i < tile.num_keys && tile.keys[first + i] != nullptr;
-      const BFloat16* const row = counts ? tile.keys[first + i] + head_offset : nullptr;
+      const T* const row = counts ? tile.keys[first + i] + head_offset : nullptr;
       for (int64_t d = 0; d < width; d += 2 * kLanes) {
         const int left = static_cast<int>(params.head_size - d);
         const Vec words = counts ? BFloat16Math::load_words(row + d, left) : zero();
@@ -140,7 +143,8 @@ inline void store_transposed(const float* products, float* scores) {
   for (int i = 0; i < kRows; ++i) store(scores + i * kTileKeys, square[i]);
 }
 
-void score_few_rows(AmxMath, const AttentionParams& params, const Tile<BFloat16>& tile,
+template <typename T>
+void score_few_rows(AmxMath, const AttentionParams& params, const Tile<T>& tile,
                     int64_t head_offset, int64_t first_row, const Workspace<BFloat16>& space,
                     Ahead& ahead) {
   alignas(64) BFloat16 copies[2][kTileRows * kMaxHeadSize];
