@@ -66,7 +66,7 @@ struct DecodePlan {
   int32_t max_query_len;  // of the sequences that are decoded
   int32_t num_shares;     // of the keys; each is computed by num_columns CTAs side by side
   int32_t num_columns;    // groups of KV heads, times row_chunks
-  int32_t heads;          // KV heads of a CTA: 1, 2 or 4
+  int32_t heads;          // KV heads of a CTA: a power of two
   int32_t heads_log2;
   int32_t tiles;         // of 8 query rows
   int32_t row_chunks;    // CTAs that share the query rows of a group: 1 unless they are too many
