@@ -65,7 +65,9 @@ def check_row_counts() -> None:
     for group_size, query_len in (
         (1, 1),
         (3, 1),
+        (4, 1),
         (5, 1),
+        (8, 1),
         (8, 2),
         (17, 1),
         (4, 8),
@@ -95,6 +97,26 @@ def check_row_counts() -> None:
             assert_accurate(lse, expected_lse, case.dtype)
 
 
+def check_infinite_values() -> None:
+    """They reach their own channel, and no other."""
+    for group_size, head_size, block_size in ((1, 128, 16), (4, 128, 16), (8, 80, 5), (12, 64, 16)):
+        case = Case(
+            seq_lens=(200, 70),
+            num_heads=2 * group_size,
+            num_kv_heads=2,
+            head_size=head_size,
+            block_size=block_size,
+            dtype=torch.bfloat16,
+        )
+        inputs = make_inputs(case)
+        block = inputs.block_table[0, 9 // block_size]
+        inputs.kv_cache[block, 1, 9 % block_size, :, 3] = torch.inf
+        out, _ = ops.attention_lse(*inputs.args)
+        expected_out, _ = expected(inputs)
+        assert expected_out.isinf().sum() == 2 * group_size
+        assert_accurate(out, expected_out, case.dtype)
+
+
 def check_float8_values() -> None:
     """Each float8, as an element of the only key of a sequence and of its value, in few rows and
     many."""
@@ -113,9 +135,10 @@ def check_float8_values() -> None:
 def test_every_instruction_set():
     names = re.findall(r"\w+", refusal().split("must be one of:")[1].split(";")[0])
     assert names[-1] == "scalar"
-    checks = "t.check_random_configurations(); t.check_row_counts(); t.check_float8_values()"
+    checks = ("random_configurations", "row_counts", "infinite_values", "float8_values")
+    calls = "; ".join(f"t.check_{check}()" for check in checks)
     for name in names:
-        result = run_with(name, f"import test_cpu_kernels as t; {checks}")
+        result = run_with(name, f"import test_cpu_kernels as t; {calls}")
         assert result.returncode == 0, f"{name}: {result.stderr[-2000:]}"
 
 

@@ -180,6 +180,13 @@ void score_many_rows(const AttentionParams& params, const Tile<T>& tile, int64_t
                                  divide_up(tile.num_keys, kLanes)});
 }
 
+// True if it has added the values of all keys without packing them.
+template <typename Math, typename T>
+bool add_unpacked(Math, const AttentionParams&, const Tile<T>&, int64_t, int64_t,
+                  const Workspace<typename Math::Element>&, Ahead&) {
+  return false;
+}
+
 // out = rescale * out + weights x values
 template <typename Math, typename T>
 void add_tile(const AttentionParams& params, const Unit& unit, const Tile<T>& tile, int64_t offset,
@@ -204,6 +211,7 @@ void add_tile(const AttentionParams& params, const Unit& unit, const Tile<T>& ti
       });
     }
   }
+  if (all_seen && add_unpacked(Math(), params, tile, offset, first_row, space, ahead)) return;
   add_values(params, unit, tile, offset, all_seen, space.packed,
              sum_of(Packed{space.packed, space.out_stride, &ahead}), ahead);
 }

@@ -68,8 +68,10 @@ void rescale_rows(const Product<AmxMath, Packed>& p) {
   }
 }
 
-// Rows up to a multiple of kTileRows are there: see Workspace.
+// Rows up to a multiple of kTileRows are there: see Workspace. Where there are so few of them that
+// values are not packed but by way of exception, the tiles have another shape.
 void multiply(const Product<AmxMath, Packed>& p) {
+  if (p.num_rows <= AmxMath::kPairRows) return multiply_rows(p);
   if (p.rescale != nullptr) rescale_rows(p);
   int row = 0;
   for (; p.num_rows - row > kTileRows; row += 2 * kTileRows) multiply_tile_rows<2>(p, row);
@@ -102,45 +104,59 @@ void arrange_query(AmxMath, const Unit& unit, const Workspace<BFloat16>& space) 
   }
 }
 
-// 16 keys of one head: in the cache, if bfloat16 lie there at even distances, else in `copy`.
-struct KeyRows {
+// 16 keys or values of one head: in the cache, if they are bfloat16 that lie there at even
+// distances, else in `copy`, with zeros for what does not count.
+struct TileRows {
   const BFloat16* data;
   int64_t stride;  // bytes
 
   template <typename T>
-  KeyRows(const AttentionParams& params, const Tile<T>& tile, int first, int64_t head_offset,
-          BFloat16* copy) {
+  static TileRows of(const AttentionParams& params, const CacheHalf<const void*>& half,
+                     const T* const* rows, int num_rows, int64_t head_offset, BFloat16* copy) {
     if constexpr (std::is_same_v<T, BFloat16>) {
       const bool whole = params.head_size % AmxMath::kHeadMultiple == 0;
       const bool one_block = params.block_size % kTileRows == 0;
-      if (first < tile.num_keys && tile.keys[first] != nullptr && whole && one_block) {
-        data = tile.keys[first] + head_offset;
-        stride = params.key_cache.stride_slot * 2;
-        return;
+      if (whole && one_block && num_rows >= kTileRows && rows[0] != nullptr) {
+        return {rows[0] + head_offset, half.stride_slot * 2};
       }
     }
     const int64_t width = round_up(params.head_size, AmxMath::kHeadMultiple);
     for (int i = 0; i < kTileRows; ++i) {
-      const bool counts = first + i < tile.num_keys && tile.keys[first + i] != nullptr;
-      const T* const row = counts ? tile.keys[first + i] + head_offset : nullptr;
+      const bool counts = i < num_rows && rows[i] != nullptr;
+      const T* const row = counts ? rows[i] + head_offset : nullptr;
       for (int64_t d = 0; d < width; d += 2 * kLanes) {
         const int left = static_cast<int>(params.head_size - d);
         const Vec words = counts ? BFloat16Math::load_words(row + d, left) : zero();
         std::memcpy(copy + i * width + d, &words, sizeof words);
       }
     }
-    data = copy;
-    stride = width * 2;
+    return {copy, width * 2};
   }
 };
 
-// Products of 16 keys with up to kRows rows, to rows of keys.
+// Products of 16 keys with kRows rows, to rows of keys.
 template <int kRows>
 inline void store_transposed(const float* products, float* scores) {
   Vec square[kLanes];
-  for (int i = 0; i < kLanes; ++i) square[i] = load(products + i * kLanes);
+  for (int i = 0; i < kLanes; ++i) square[i] = load(products + i * kRows, kRows);
   transpose(square);
   for (int i = 0; i < kRows; ++i) store(scores + i * kTileKeys, square[i]);
+}
+
+template <>
+inline void store_transposed<4>(const float* products, float* scores) {
+  // Of 8 keys the first two rows, and 2 more to all indices for the others.
+  const __m512i first_two =
+      _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+  for (int pair = 0; pair < 2; ++pair) {
+    const __m512i rows = _mm512_add_epi32(first_two, _mm512_set1_epi32(2 * pair));
+    const auto of_8_keys = [&](int key) {
+      return _mm512_permutex2var_ps(load(products + 4 * key), rows, load(products + 4 * key + 16));
+    };
+    const Vec low = of_8_keys(0), high = of_8_keys(8);
+    store(scores + 2 * pair * kTileKeys, _mm512_shuffle_f32x4(low, high, 0x44));
+    store(scores + (2 * pair + 1) * kTileKeys, _mm512_shuffle_f32x4(low, high, 0xee));
+  }
 }
 
 template <typename T>
@@ -151,29 +167,33 @@ void score_few_rows(AmxMath, const AttentionParams& params, const Tile<T>& tile,
   alignas(64) float products[2][kTileRows * kLanes];
   const int64_t num_words = space.query_stride / AmxMath::kDepth;
   const float* const words = space.query_words + first_row / space.head_rows * num_words * kLanes;
+  const int columns = AmxTiles::score_columns(space.num_rows);
   for (int key = 0; key < tile.num_keys; key += 2 * kTileRows) {
-    const KeyRows low(params, tile, key, head_offset, copies[0]);
-    const KeyRows high(params, tile, key + kTileRows, head_offset, copies[1]);
+    const auto rows = [&](int first, BFloat16* copy) {
+      return TileRows::of(params, params.key_cache, tile.keys + first, tile.num_keys - first,
+                          head_offset, copy);
+    };
+    const TileRows low = rows(key, copies[0]), high = rows(key + kTileRows, copies[1]);
     finish_writes();
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t word = 0; word < num_words; word += kTileWords) {
-      _tile_loadd(6, words + word * kLanes, 4 * kLanes);
-      _tile_loadd(5, low.data + 2 * word, low.stride);
-      _tile_dpbf16ps(2, 5, 6);
+      _tile_loadd(5, words + word * kLanes, 4 * kLanes);
+      _tile_loadd(6, low.data + 2 * word, low.stride);
+      _tile_dpbf16ps(2, 6, 5);
       ahead.fetch();
       _tile_loadd(7, high.data + 2 * word, high.stride);
-      _tile_dpbf16ps(3, 7, 6);
+      _tile_dpbf16ps(3, 7, 5);
       ahead.fetch();
     }
-    _tile_stored(2, products[0], 4 * kLanes);
-    _tile_stored(3, products[1], 4 * kLanes);
+    _tile_stored(2, products[0], 4 * columns);
+    _tile_stored(3, products[1], 4 * columns);
     for (int i = 0; i < 2; ++i) {
       float* const scores = space.scores + key + i * kTileRows;
-      if (space.num_rows == 1) {
-        store_transposed<1>(products[i], scores);
-      } else if (space.num_rows <= 4) {
+      if (columns == 4) {
         store_transposed<4>(products[i], scores);
+      } else if (columns == 8) {
+        store_transposed<8>(products[i], scores);
       } else {
         store_transposed<kTileRows>(products[i], scores);
       }
@@ -181,11 +201,117 @@ void score_few_rows(AmxMath, const AttentionParams& params, const Tile<T>& tile,
   }
 }
 
+// Values of few rows are not packed. A word of the cache holds two columns of one key: multiplied
+// with a weight in the low half of a word it gives the even column, in the high half the odd one.
+// So twice as many rows of weights give the sums of the even columns, then those of the odd ones.
+struct PairSums {
+  static constexpr int kRows = 2 * AmxMath::kPairRows, kStride = kMaxHeadSize / 2;
+  alignas(64) uint32_t weights[kRows * kTileKeys];
+  alignas(64) float sums[kRows * kStride];
+  TileRows values[kTileKeys / kTileRows];
+  int num_rows;  // of the query
+  int num_groups;
+  int num_columns;  // vectors of pairs
+
+  template <typename T>
+  PairSums(const AttentionParams& params, const Tile<T>& tile, int64_t head_offset,
+           const Workspace<BFloat16>& space)
+      : num_rows(static_cast<int>(space.num_rows)),
+        num_groups(divide_up(tile.num_keys, kTileRows)),
+        num_columns(divide_up(params.head_size, AmxMath::kHeadMultiple)) {
+    auto* copy = reinterpret_cast<BFloat16*>(space.packed);
+    for (int i = 0; i < num_groups; ++i, copy += kTileRows * 2 * kLanes * num_columns) {
+      const int first = i * kTileRows;
+      values[i] = TileRows::of(params, params.value_cache, tile.values + first,
+                               tile.num_keys - first, head_offset, copy);
+    }
+    for (int row = 0; row < num_rows; ++row) {
+      for (int key = 0; key < num_groups * kTileRows; key += kLanes) {
+        const auto* const from = space.weights + row * kTileKeys + key;
+        const __m512i low =
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        _mm512_store_si512(weights + row * kTileKeys + key, low);
+        _mm512_store_si512(weights + (num_rows + row) * kTileKeys + key,
+                           _mm512_slli_epi32(low, 16));
+      }
+    }
+  }
+
+  template <int kColumnTiles>
+  void multiply(int column, Ahead& ahead) {
+    _tile_zero(0);
+    if constexpr (kColumnTiles == 2) _tile_zero(1);
+    for (int i = 0; i < num_groups; ++i) {
+      const BFloat16* const data = values[i].data + column * 2 * kLanes;
+      _tile_loadd(4, weights + i * kTileRows, kTileKeys * 4);
+      _tile_loadd(6, data, values[i].stride);
+      _tile_dpbf16ps(0, 4, 6);
+      ahead.fetch();
+      if constexpr (kColumnTiles == 2) {
+        _tile_loadd(7, data + 2 * kLanes, values[i].stride);
+        _tile_dpbf16ps(1, 4, 7);
+        ahead.fetch();
+      }
+    }
+    _tile_stored(0, sums + column * kLanes, kStride * 4);
+    if constexpr (kColumnTiles == 2) _tile_stored(1, sums + (column + 1) * kLanes, kStride * 4);
+  }
+
+  void multiply(Ahead& ahead) {
+    finish_writes();
+    int column = 0;
+    for (; num_columns - column >= 2; column += 2) multiply<2>(column, ahead);
+    if (column < num_columns) multiply<1>(column, ahead);
+  }
+
+  // A weight of the other column, 0, does not keep out a value that is not finite.
+  bool all_finite() const {
+    Vec all = zero();
+    for (int row = 0; row < 2 * num_rows; ++row) {
+      for (int i = 0; i < num_columns; ++i) {
+        all = multiply_add(zero(), load(sums + row * kStride + i * kLanes), all);
+      }
+    }
+    return reduce_add(all) == 0;
+  }
+
+  // out = rescale * out + sums
+  void add_to(float* out, int64_t out_stride, const float* rescale) const {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(kLanes / 2));
+    for (int row = 0; row < num_rows; ++row, out += out_stride) {
+      const Vec factor = broadcast(rescale[row]);
+      const auto add = [&](int64_t at, Vec x) {
+        store(out + at, multiply_add(factor, load(out + at), x));
+      };
+      for (int i = 0; i < num_columns; ++i) {
+        const Vec even = load(sums + row * kStride + i * kLanes);
+        const Vec odd = load(sums + (num_rows + row) * kStride + i * kLanes);
+        const int64_t at = i * 2 * kLanes;
+        add(at, _mm512_permutex2var_ps(even, low, odd));
+        if (at + kLanes < out_stride) add(at + kLanes, _mm512_permutex2var_ps(even, high, odd));
+      }
+    }
+  }
+};
+
+template <typename T>
+bool add_unpacked(AmxMath, const AttentionParams& params, const Tile<T>& tile, int64_t head_offset,
+                  int64_t first_row, const Workspace<BFloat16>& space, Ahead& ahead) {
+  if (space.num_rows > AmxMath::kPairRows) return false;
+  PairSums pairs(params, tile, head_offset, space);
+  pairs.multiply(ahead);
+  if (!pairs.all_finite()) return false;
+  pairs.add_to(space.out + first_row * space.out_stride, space.out_stride, space.rescale);
+  return true;
+}
+
 int64_t num_steps(AmxMath, const AttentionParams& params, const Unit& unit, int num_rows) {
   const int64_t keys = round_up(unit.tile_keys, AmxMath::kKeyMultiple);
   const int64_t steps = divide_up(params.head_size, AmxMath::kHeadMultiple);
   const int64_t products = 2 * steps * keys / kTileRows;
-  return unit.num_kv_heads * (products + keys / 2 + num_rows * keys / kLanes);
+  const int64_t packing = num_rows > AmxMath::kPairRows ? keys / 2 : 0;
+  return unit.num_kv_heads * (products + packing + num_rows * keys / kLanes);
 }
 
 }  // namespace

@@ -7,9 +7,12 @@ namespace {
 constexpr int kTileRows = 16;
 constexpr int kTileWords = 16;  // 32-bit words of a row
 
+constexpr int kPairRows = kTileRows / 2;  // up to so many, values are not packed: see PairSums
+
 // The tile registers, as long as a thread computes one unit. What is multiplied lies in 4 and 5 (on
-// the left) and 6 and 7 (on the right), sums in 0 to 3. Up to 16 rows of a query or of their
-// weights, and their sums, lie in 4, 0 and 1; for more rows all tiles are whole.
+// the left) and 6 and 7 (on the right), sums in 0 to 3. Of few rows the weights and their sums lie
+// in 4, 0 and 1, and the query and its products with 16 keys, which are on the left then, in 5, 2
+// and 3; for more rows all tiles are whole.
 //
 // Torch's own kernels use the tiles too: their configuration is put back.
 class AmxTiles {
@@ -18,16 +21,21 @@ class AmxTiles {
     asm volatile("sttilecfg %0" : "=m"(before_));
     Configuration wanted{};
     wanted.palette = 1;
+    const int64_t rows = num_rows <= kPairRows ? 2 * num_rows : num_rows;
     for (int tile = 0; tile < 8; ++tile) {
-      const bool few = (tile < 2 || tile == 4) && num_rows < kTileRows;
-      wanted.rows[tile] = static_cast<uint8_t>(few ? num_rows : kTileRows);
-      wanted.row_bytes[tile] = 64;
+      const bool few = (tile < 2 || tile == 4) && rows < kTileRows;
+      const bool narrow = tile == 2 || tile == 3 || tile == 5;
+      wanted.rows[tile] = static_cast<uint8_t>(few ? rows : kTileRows);
+      wanted.row_bytes[tile] = static_cast<uint16_t>(narrow ? 4 * score_columns(num_rows) : 64);
     }
     use(wanted);
   }
   ~AmxTiles() { use(before_); }
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
+
+  // Columns of the query's rows beside 16 keys: few of them are put into rows of keys faster.
+  static int score_columns(int64_t num_rows) { return num_rows <= 4 ? 4 : num_rows <= 8 ? 8 : 16; }
 
  private:
   struct alignas(64) Configuration {
@@ -54,6 +62,7 @@ struct AmxMath : BFloat16Math {
   static constexpr int kRowMultiple = kTileRows;
   static constexpr int kKeyMultiple = 2 * kTileWords;
   static constexpr int kFewRows = kTileRows;
+  static constexpr int kPairRows = cpu::kPairRows;
   static constexpr bool kPacksValues = true;
   static constexpr int kLeastRows = 3;
   using OfFewerRows = BFloat16Math;
