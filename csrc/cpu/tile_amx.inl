@@ -137,25 +137,33 @@ struct TileRows {
 // Products of 16 keys with kRows rows, to rows of keys.
 template <int kRows>
 inline void store_transposed(const float* products, float* scores) {
-  Vec square[kLanes];
-  for (int i = 0; i < kLanes; ++i) square[i] = load(products + i * kRows, kRows);
-  transpose(square);
-  for (int i = 0; i < kRows; ++i) store(scores + i * kTileKeys, square[i]);
-}
-
-template <>
-inline void store_transposed<4>(const float* products, float* scores) {
-  // Of 8 keys the first two rows, and 2 more to all indices for the others.
-  const __m512i first_two =
-      _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
-  for (int pair = 0; pair < 2; ++pair) {
-    const __m512i rows = _mm512_add_epi32(first_two, _mm512_set1_epi32(2 * pair));
-    const auto of_8_keys = [&](int key) {
-      return _mm512_permutex2var_ps(load(products + 4 * key), rows, load(products + 4 * key + 16));
-    };
-    const Vec low = of_8_keys(0), high = of_8_keys(8);
-    store(scores + 2 * pair * kTileKeys, _mm512_shuffle_f32x4(low, high, 0x44));
-    store(scores + (2 * pair + 1) * kTileKeys, _mm512_shuffle_f32x4(low, high, 0xee));
+  if constexpr (kRows == kLanes) {
+    Vec square[kLanes];
+    for (int i = 0; i < kLanes; ++i) square[i] = load(products + i * kLanes);
+    transpose(square);
+    for (int i = 0; i < kLanes; ++i) store(scores + i * kTileKeys, square[i]);
+    return;
+  }
+  // Of four keys in a row, the first of four rows; the next rows come one further.
+  const __m512i key = _mm512_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  const __m512i row = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m512i first = _mm512_add_epi32(_mm512_mullo_epi32(key, _mm512_set1_epi32(kRows)), row);
+  for (int i = 0; i < kRows; i += 4, scores += 4 * kTileKeys) {
+    const __m512i rows = _mm512_add_epi32(first, _mm512_set1_epi32(i));
+    Vec four[4];  // keys, a row in each quarter
+    for (int j = 0; j < 4; ++j) {
+      const float* const from = products + j * 4 * kRows;
+      four[j] = kRows == 4 ? _mm512_permutexvar_ps(rows, load(from))
+                           : _mm512_permutex2var_ps(load(from), rows, load(from + kLanes));
+    }
+    const Vec low[] = {_mm512_shuffle_f32x4(four[0], four[1], 0x44),
+                       _mm512_shuffle_f32x4(four[2], four[3], 0x44)};
+    const Vec high[] = {_mm512_shuffle_f32x4(four[0], four[1], 0xee),
+                        _mm512_shuffle_f32x4(four[2], four[3], 0xee)};
+    store(scores, _mm512_shuffle_f32x4(low[0], low[1], 0x88));
+    store(scores + kTileKeys, _mm512_shuffle_f32x4(low[0], low[1], 0xdd));
+    store(scores + 2 * kTileKeys, _mm512_shuffle_f32x4(high[0], high[1], 0x88));
+    store(scores + 3 * kTileKeys, _mm512_shuffle_f32x4(high[0], high[1], 0xdd));
   }
 }
 
@@ -268,9 +276,11 @@ struct PairSums {
   bool all_finite() const {
     Vec all = zero();
     for (int row = 0; row < 2 * num_rows; ++row) {
+      Vec of_row = zero();  // not `all`, whose additions wait for each other
       for (int i = 0; i < num_columns; ++i) {
-        all = multiply_add(zero(), load(sums + row * kStride + i * kLanes), all);
+        of_row = multiply_add(zero(), load(sums + row * kStride + i * kLanes), of_row);
       }
+      all = add(all, of_row);
     }
     return reduce_add(all) == 0;
   }
