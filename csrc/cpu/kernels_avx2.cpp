@@ -1,16 +1,7 @@
 // The kernels for AVX2 with FMA and F16C.
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
-#include <cmath>
-#include <cstring>
-#include <type_traits>
-
-#include "elements.h"
-#include "kernels.h"
-#include "schedule.h"
-#include "threads.h"
+#include "before_kernels.h"
 
 // From here on, and for nothing that is included above, the compiler may use these instructions.
 // All that follows lies in anonymous namespaces: no other file can come to share its code.

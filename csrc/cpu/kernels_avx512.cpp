@@ -1,21 +1,7 @@
 // The kernels for AVX-512.
 #if defined(__x86_64__)
 
-// GCC 12 takes the undefined operand inside its own intrinsics for a mistake.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
-#include <cmath>
-#include <cstring>
-#include <type_traits>
-
-#include "elements.h"
-#include "kernels.h"
-#include "schedule.h"
-#include "threads.h"
+#include "before_kernels.h"
 
 // From here on, and for nothing that is included above, the compiler may use these instructions.
 // All that follows lies in anonymous namespaces: no other file can come to share its code.

@@ -1,12 +1,5 @@
 // The kernels in plain C++, for any machine.
-#include <cmath>
-#include <cstring>
-#include <type_traits>
-
-#include "elements.h"
-#include "kernels.h"
-#include "schedule.h"
-#include "threads.h"
+#include "before_kernels.h"
 #include "vec_scalar.h"
 
 // The algorithms, over the vectors above.
