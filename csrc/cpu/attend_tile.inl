@@ -180,40 +180,43 @@ void score_many_rows(const AttentionParams& params, const Tile<T>& tile, int64_t
                                  divide_up(tile.num_keys, kLanes)});
 }
 
-// True if it has added the values of all keys without packing them.
-template <typename Math, typename T>
-bool add_unpacked(Math, const AttentionParams&, const Tile<T>&, int64_t, int64_t,
-                  const Workspace<typename Math::Element>&, Ahead&) {
-  return false;
+// out = rescale * out + weights x values, the values as `right` has them.
+template <typename Math, typename T, typename Right>
+Product<Math, Right> value_product(const AttentionParams& params, const Tile<T>& tile,
+                                   int64_t first_row,
+                                   const Workspace<typename Math::Element>& space, Right right) {
+  return {space.weights,
+          kTileKeys,
+          right,
+          space.rescale,
+          space.out + first_row * space.out_stride,
+          space.out_stride,
+          static_cast<int>(space.num_rows),
+          divide_up(tile.num_keys, Math::kDepth),
+          divide_up(params.head_size, kLanes)};
 }
 
-// out = rescale * out + weights x values
+// Adds the values of few rows, which all see every key, without packing them; false if it cannot.
+template <typename Math, typename T>
+bool add_unpacked(Math, const AttentionParams& params, const Tile<T>& tile, int64_t head_offset,
+                  int64_t first_row, const Workspace<typename Math::Element>& space, Ahead& ahead) {
+  if (space.num_rows > Math::kFewRows) return false;
+  const HeadRows<T> values(tile.values, head_offset, tile.num_keys, {0, tile.num_keys});
+  with_whole<Math>(params.head_size, [&](auto whole) {
+    const Unpacked<Math, T, whole()> right{values.row, params.head_size, &ahead};
+    multiply(value_product<Math>(params, tile, first_row, space, right));
+  });
+  return true;
+}
+
 template <typename Math, typename T>
 void add_tile(const AttentionParams& params, const Unit& unit, const Tile<T>& tile, int64_t offset,
               int64_t first_row, bool all_seen, const Workspace<typename Math::Element>& space,
               Ahead& ahead) {
-  const auto sum_of = [&](auto right) {
-    return Product<Math, decltype(right)>{space.weights,
-                                          kTileKeys,
-                                          right,
-                                          space.rescale,
-                                          space.out + first_row * space.out_stride,
-                                          space.out_stride,
-                                          static_cast<int>(space.num_rows),
-                                          divide_up(tile.num_keys, Math::kDepth),
-                                          divide_up(params.head_size, kLanes)};
-  };
-  if constexpr (!Math::kPacksValues) {
-    if (all_seen && space.num_rows <= Math::kFewRows) {
-      const HeadRows<T> values(tile.values, offset, tile.num_keys, {0, tile.num_keys});
-      return with_whole<Math>(params.head_size, [&](auto whole) {
-        multiply(sum_of(Unpacked<Math, T, whole()>{values.row, params.head_size, &ahead}));
-      });
-    }
-  }
   if (all_seen && add_unpacked(Math(), params, tile, offset, first_row, space, ahead)) return;
+  const Packed right{space.packed, space.out_stride, &ahead};
   add_values(params, unit, tile, offset, all_seen, space.packed,
-             sum_of(Packed{space.packed, space.out_stride, &ahead}), ahead);
+             value_product<Math>(params, tile, first_row, space, right), ahead);
 }
 
 template <typename Math, typename T>

@@ -20,7 +20,6 @@ struct Float32Math {
   static constexpr int kRowMultiple = 1;           // rows, where there are more than these
   static constexpr int kKeyMultiple = kLanes;      // keys that a tile is padded to
   static constexpr int kFewRows = 2 * kBlockRows;  // for which keys and values are not packed
-  static constexpr bool kPacksValues = false;      // of few rows too
   static constexpr int kLeastRows = 0;             // with fewer another arithmetic is faster
   using OfFewerRows = Float32Math;
   using Tiles = NoTiles;

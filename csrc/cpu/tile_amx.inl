@@ -71,7 +71,7 @@ void rescale_rows(const Product<AmxMath, Packed>& p) {
 // Rows up to a multiple of kTileRows are there: see Workspace. Where there are so few of them that
 // values are not packed but by way of exception, the tiles have another shape.
 void multiply(const Product<AmxMath, Packed>& p) {
-  if (p.num_rows <= AmxMath::kPairRows) return multiply_rows(p);
+  if (p.num_rows <= kPairRows) return multiply_rows(p);
   if (p.rescale != nullptr) rescale_rows(p);
   int row = 0;
   for (; p.num_rows - row > kTileRows; row += 2 * kTileRows) multiply_tile_rows<2>(p, row);
@@ -213,7 +213,7 @@ void score_few_rows(AmxMath, const AttentionParams& params, const Tile<T>& tile,
 // with a weight in the low half of a word it gives the even column, in the high half the odd one.
 // So twice as many rows of weights give the sums of the even columns, then those of the odd ones.
 struct PairSums {
-  static constexpr int kRows = 2 * AmxMath::kPairRows, kStride = kMaxHeadSize / 2;
+  static constexpr int kRows = 2 * kPairRows, kStride = kMaxHeadSize / 2;
   alignas(64) uint32_t weights[kRows * kTileKeys];
   alignas(64) float sums[kRows * kStride];
   TileRows values[kTileKeys / kTileRows];
@@ -308,7 +308,7 @@ struct PairSums {
 template <typename T>
 bool add_unpacked(AmxMath, const AttentionParams& params, const Tile<T>& tile, int64_t head_offset,
                   int64_t first_row, const Workspace<BFloat16>& space, Ahead& ahead) {
-  if (space.num_rows > AmxMath::kPairRows) return false;
+  if (space.num_rows > kPairRows) return false;
   PairSums pairs(params, tile, head_offset, space);
   pairs.multiply(ahead);
   if (!pairs.all_finite()) return false;
@@ -320,7 +320,7 @@ int64_t num_steps(AmxMath, const AttentionParams& params, const Unit& unit, int 
   const int64_t keys = round_up(unit.tile_keys, AmxMath::kKeyMultiple);
   const int64_t steps = divide_up(params.head_size, AmxMath::kHeadMultiple);
   const int64_t products = 2 * steps * keys / kTileRows;
-  const int64_t packing = num_rows > AmxMath::kPairRows ? keys / 2 : 0;
+  const int64_t packing = num_rows > kPairRows ? keys / 2 : 0;
   return unit.num_kv_heads * (products + packing + num_rows * keys / kLanes);
 }
 

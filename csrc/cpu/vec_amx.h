@@ -62,8 +62,6 @@ struct AmxMath : BFloat16Math {
   static constexpr int kRowMultiple = kTileRows;
   static constexpr int kKeyMultiple = 2 * kTileWords;
   static constexpr int kFewRows = kTileRows;
-  static constexpr int kPairRows = cpu::kPairRows;
-  static constexpr bool kPacksValues = true;
   static constexpr int kLeastRows = 3;
   using OfFewerRows = BFloat16Math;
   using Tiles = AmxTiles;

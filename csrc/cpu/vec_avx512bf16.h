@@ -34,7 +34,6 @@ struct BFloat16Math {
   static constexpr int kRowMultiple = 1;
   static constexpr int kKeyMultiple = kLanes;
   static constexpr int kFewRows = 2 * kBlockRows;
-  static constexpr bool kPacksValues = false;
   static constexpr int kLeastRows = 0;
   using OfFewerRows = BFloat16Math;
   using Tiles = NoTiles;
