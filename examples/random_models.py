@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 
 import torch
-from decoder import Config, Decoder, RMSNorm, rope_frequencies
+from decoder import Config, Decoder, RMSNorm
 from load import Checkpoint, CheckpointError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -65,10 +65,13 @@ def random_decoder(
 ) -> Decoder:
     """Weights that keep the size of what passes through them, drawn on the device."""
     generator = torch.Generator(device).manual_seed(seed)
-    with torch.device("meta"):
-        model = Decoder(config).to(dtype)
-    model = model.to_empty(device=device).requires_grad_(False)
-    model.frequencies = rope_frequencies(config, device)
+    model = Decoder.without_weights(config, device)
+    weights = {
+        name: torch.empty_like(weight, dtype=dtype, device=device)
+        for name, weight in model.state_dict().items()
+    }
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(False)
     for module in model.modules():
         match module:
             case RMSNorm():
