@@ -49,14 +49,18 @@ def refusal() -> str:
     )
 
 
+def check_case(case: Case) -> None:
+    inputs = make_inputs(case)
+    out, lse = ops.attention_lse(*inputs.args, **inputs.options)
+    expected_out, expected_lse = expected(inputs)
+    assert_accurate(out, expected_out, case.dtype)
+    assert_accurate(lse, expected_lse, case.dtype)
+
+
 def check_random_configurations() -> None:
     """What each instruction set runs in its process."""
     for seed in range(1000, 1040):
-        inputs = make_inputs(random_case(seed))
-        out, lse = ops.attention_lse(*inputs.args, **inputs.options)
-        expected_out, expected_lse = expected(inputs)
-        assert_accurate(out, expected_out, inputs.query.dtype)
-        assert_accurate(lse, expected_lse, inputs.query.dtype)
+        check_case(random_case(seed))
 
 
 def check_row_counts() -> None:
@@ -90,11 +94,7 @@ def check_row_counts() -> None:
                 dtype=torch.bfloat16,
                 window=window,
             )
-            inputs = make_inputs(case)
-            out, lse = ops.attention_lse(*inputs.args, **inputs.options)
-            expected_out, expected_lse = expected(inputs)
-            assert_accurate(out, expected_out, case.dtype)
-            assert_accurate(lse, expected_lse, case.dtype)
+            check_case(case)
 
 
 def check_infinite_values() -> None:
