@@ -83,10 +83,10 @@ __global__ void __launch_bounds__(kThreads)
     const From of_key = key[head * params.key_stride_head + d];
     const From of_value = value[head * params.value_stride_head + d];
     if (slot < 0) return;
-    const auto [block, offset] = split(slot, params.block_size);
+    const auto at = split(slot, params.block_size);
     const auto place = [&](const CacheHalf<void*>& half) {
-      return static_cast<To*>(half.data) + block * half.stride_block + offset * half.stride_slot +
-             head * half.stride_head + d;
+      return static_cast<To*>(half.data) + at.block * half.stride_block +
+             at.offset * half.stride_slot + head * half.stride_head + d;
     };
     convert(of_key, scale_of(params.k_scale, head), *place(params.key_cache));
     convert(of_value, scale_of(params.v_scale, head), *place(params.value_cache));
