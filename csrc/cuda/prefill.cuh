@@ -188,6 +188,7 @@ __device__ void narrow_query(DType dtype, unsigned char* rows, float* scales, in
         largest = fmaxf(largest, fmaxf(fabsf(pairs[i].x), fabsf(pairs[i].y)));
       }
       const float up = scale_to_float16(warp_max(largest));
+      __syncwarp();  // all have read their words
 #pragma unroll
       for (int i = 0; i < kOfLane; ++i) {
         const int word = lane + i * kWarpSize;
