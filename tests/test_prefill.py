@@ -85,6 +85,19 @@ def test_many_sequences(device):
     check(dataclasses.replace(CHUNKS, seq_lens=(30,) * 60, query_lens=query_lens), device)
 
 
+@pytest.mark.parametrize("query_len", [40, 200, 600])
+@pytest.mark.parametrize("num_seqs", [4, 40])
+def test_beside_decode(num_seqs, query_len, device):
+    """Too little to do for multiprocessors of its own, enough, and more than decoding has."""
+    case = dataclasses.replace(
+        CHUNKS,
+        seq_lens=(*(3200 // num_seqs,) * num_seqs, query_len),
+        query_lens=(*(1,) * num_seqs, query_len),
+        num_heads=8,
+    )
+    check(case, device)
+
+
 @pytest.mark.parametrize("cache_dtype", [None, FLOAT8], ids=["same", "float8"])
 def test_query_rows_at_any_address(cache_dtype, device):
     """Rows of 16 bytes are loaded otherwise than rows of 4, to the same effect."""

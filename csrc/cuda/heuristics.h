@@ -59,6 +59,13 @@ inline constexpr int kWarpsOfLarge =
     DecodeTile<kElementBytes, kHeadSize>::kWarpBytes <= 8 << 10 ? 8 : 4;
 inline constexpr int kWarpsOfSmall = 2;
 
+// The prefill kernel of a call, if it starts beside the decode kernel on multiprocessors that have
+// none of its CTAs; else zeros.
+struct PrefillBeside {
+  float cost;    // time for a query token and a key that it sees, over that of reading a key
+  float rounds;  // of CTAs, all multiprocessors together, if all query tokens were its own
+};
+
 // What the decode kernel is told beside the params.
 struct DecodePlan {
   int32_t tile_keys;  // keys of a tile, a power of two
@@ -82,6 +89,7 @@ struct DecodePlan {
   int32_t min_chunk_tiles;  // in the batch-invariant mode: of a chunk, unless
   int32_t max_chunks_log2;  // the sequence would have more than 2^this
   bool prefill_follows;     // on the same call's other rows: it may start where there is room
+  PrefillBeside beside;
 };
 
 // CTAs that run at once on a multiprocessor, and the stages that each has: 2 at least, or the CTA

@@ -15,10 +15,18 @@ template <typename Cache>
 void run_prefill(const AttentionParams& params, int32_t min_query_len, const DeviceLimits& limits,
                  cudaStream_t stream);
 
-// The same where the device multiplies whole warpgroups out of shared memory (wgmma): false if it
-// does not, and nothing is launched. For caches of 16-bit elements.
 template <typename Cache>
-bool run_prefill_on_warpgroups(const AttentionParams& params, int32_t min_query_len,
+PrefillBeside prefill_beside(const AttentionParams& params, const DeviceLimits& limits);
+
+// True where the device multiplies whole warpgroups out of shared memory (wgmma), which has a
+// prefill kernel of its own for caches of 16-bit elements.
+template <typename Cache>
+bool runs_on_warpgroups(const AttentionParams& params);
+
+inline constexpr int kWarpgroupCtaRows = 128;
+
+template <typename Cache>
+void run_prefill_on_warpgroups(const AttentionParams& params, int32_t min_query_len,
                                cudaStream_t stream);
 
 }  // namespace paged_ops::cuda

@@ -20,12 +20,16 @@ struct PrefillPlan {
 
   // For blocks of `rows` query rows, a power of two.
   static PrefillPlan of(const AttentionParams& params, int rows, int32_t min_query_len) {
-    const int query_word =
-        widest_word(2, {params.query}, {params.query_stride_token, params.query_stride_head});
     return {{log2_of(rows), Divisor::of(min_query_len)},
             Divisor::of(params.block_size),
             Divisor::of(params.group_size()),
-            query_word == 16};
+            has_wide_query(params)};
+  }
+
+  static bool has_wide_query(const AttentionParams& params) {
+    const int query_word =
+        widest_word(2, {params.query}, {params.query_stride_token, params.query_stride_head});
+    return query_word == 16;
   }
 
   // CTAs of a launch, blocks of one KV head after those of another: one place more than there can

@@ -40,6 +40,7 @@ struct WarpgroupShape {
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroupSize;
   static constexpr int kRows = 64;  // of a warpgroup
   static constexpr int kCtaRows = kConsumers * kRows;
+  static_assert(kCtaRows == kWarpgroupCtaRows);
   static constexpr int kKeys = kHeadSize <= 128 ? 128 : 64;  // of a tile
   static constexpr int kStages = 2;
   static constexpr int kSlabs = kHeadSize / 64;
@@ -396,26 +397,33 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 // Head sizes that are computed as such; smaller ones are padded in shared memory, not in the cache.
 using BuiltWarpgroupHeadSizes = Built<64, 128, 192, 256>;
 
-template <typename Shape>
-bool launch_prefill_warpgroups(const AttentionParams& params, int32_t min_query_len,
-                               cudaStream_t stream) {
-  constexpr auto kKernel = prefill_warpgroups_kernel<Shape>;
-  if (!KernelOnDevice<kKernel>::current(params.op).has_body(params.op)) return false;
-  const PrefillPlan plan = PrefillPlan::of(params, Shape::kCtaRows, min_query_len);
-  launch<kKernel>(params.op, {plan.num_ctas(params)}, Shape::kThreads, Shape::kSharedBytes, stream,
-                  params, plan);
-  return true;
+// Calls run(WarpgroupShape).
+template <typename Cache, typename Run>
+void with_warpgroup_shape(const AttentionParams& params, Run&& run) {
+  const BuiltWarpgroupHeadSizes sizes;
+  dispatch(sizes, built_for(sizes, params.head_size), "head_size",
+           [&](auto size) { run(WarpgroupShape<Cache, size()>()); });
 }
 
 template <typename Cache>
-bool run_prefill_on_warpgroups(const AttentionParams& params, int32_t min_query_len,
-                               cudaStream_t stream) {
-  bool done = false;
-  const BuiltWarpgroupHeadSizes sizes;
-  dispatch(sizes, built_for(sizes, params.head_size), "head_size", [&](auto size) {
-    done = launch_prefill_warpgroups<WarpgroupShape<Cache, size()>>(params, min_query_len, stream);
+bool runs_on_warpgroups(const AttentionParams& params) {
+  bool has_body = false;
+  with_warpgroup_shape<Cache>(params, [&](auto shape) {
+    constexpr auto kKernel = prefill_warpgroups_kernel<decltype(shape)>;
+    has_body = KernelOnDevice<kKernel>::current(params.op).has_body(params.op);
   });
-  return done;
+  return has_body;
+}
+
+template <typename Cache>
+void run_prefill_on_warpgroups(const AttentionParams& params, int32_t min_query_len,
+                               cudaStream_t stream) {
+  with_warpgroup_shape<Cache>(params, [&](auto shape) {
+    using Shape = decltype(shape);
+    const PrefillPlan plan = PrefillPlan::of(params, Shape::kCtaRows, min_query_len);
+    launch<prefill_warpgroups_kernel<Shape>>(params.op, {plan.num_ctas(params)}, Shape::kThreads,
+                                             Shape::kSharedBytes, stream, params, plan);
+  });
 }
 
 }  // namespace paged_ops::cuda

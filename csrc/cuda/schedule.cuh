@@ -6,6 +6,10 @@
 // cut where they end if their number allows it (heuristics.h). A sequence that several shares have
 // a part of is put together from its pieces (pieces.cuh).
 //
+// Where the prefill kernel of the same call can start beside, there are fewer shares, and it gets
+// the multiprocessors of the others: half of them read as fast as all ("POD-Attention", Kamath et
+// al., 2024, runs the two side by side on each).
+//
 // In the batch-invariant mode sequences are cut into chunks of tiles, by nothing but their lengths
 // and what all calls have in common, and a share has the chunks that begin in it: the pieces of a
 // sequence, and so its result to the bit, are the same in every batch.
@@ -58,6 +62,26 @@ __device__ inline int32_t chunk_tiles(const DecodePlan& plan, const Span& span) 
   return max(plan.min_chunk_tiles, (span.num_tiles + most - 1) >> plan.max_chunks_log2);
 }
 
+// How long the prefill kernel takes for a sequence, in keys that can be read in that time.
+__device__ inline float prefill_work(const DecodePlan& plan, const Span& span) {
+  if (span.query_len <= plan.max_query_len) return 0.0f;
+  const float query_len = static_cast<float>(span.query_len);
+  const float keys = static_cast<float>(span.seq_len - span.begin) - query_len / 2;  // of a token
+  return plan.beside.cost * query_len * keys;
+}
+
+// Shares of so many tiles beside so much prefill. More than a half of them read hardly faster;
+// fewer than a third are slower by as much as they are fewer, which is right where the prefill
+// takes longer. All of them if it is done sooner than other cuts cost, or if one of its CTAs takes
+// longer than half of the reading: what counts is then how soon it starts.
+__device__ inline uint32_t num_shares(const DecodePlan& plan, uint32_t tiles, float prefill) {
+  constexpr float kLeast = 1.0f / 32;
+  const float ratio = prefill / (static_cast<float>(tiles) * static_cast<float>(plan.tile_keys));
+  if (ratio < kLeast || 2.0f * ratio > plan.beside.rounds) return plan.num_shares;
+  const float part = fmaxf(0.62f - 0.3f * ratio, 0.3f);
+  return max(static_cast<uint32_t>(part * static_cast<float>(plan.num_shares)), 1);
+}
+
 // Units cut into shares: share i begins at unit i * total / count, rounded down. A 32-bit division
 // is 20 instructions, which at each launch come from memory too: quotients are estimated, and
 // corrected.
@@ -68,10 +92,15 @@ struct Shares {
   uint32_t size;           // total / count, rounded down
   uint32_t rest;           // total - size * count
 
-  __device__ static Shares of(uint32_t total, const DecodePlan& plan) {
-    const uint32_t count = static_cast<uint32_t>(plan.num_shares);
+  // `prefill`: the sum of the sequences' prefill_work.
+  __device__ static Shares of(uint32_t total, const DecodePlan& plan, float prefill) {
+    uint32_t count = static_cast<uint32_t>(plan.num_shares), inverse = plan.num_shares_inverse;
+    if (prefill > 0.0f) {
+      count = num_shares(plan, total, prefill);
+      inverse = UINT32_MAX / count;
+    }
     if (total < count) return {total, total, 0, 1, 0};
-    Shares shares{total, count, plan.num_shares_inverse, 0, 0};
+    Shares shares{total, count, inverse, 0, 0};
     shares.size = shares.over_count(total);
     shares.rest = total - shares.size * count;
     return shares;
@@ -115,10 +144,12 @@ __device__ inline Share find_share_of_few(const AttentionParams& params, const D
                                           uint32_t index) {
   const int lane = threadIdx.x % kWarpSize;
   const bool present = lane < static_cast<int>(params.num_seqs);
-  const uint32_t units = present ? span_of(params, plan, lane).num_tiles : 0;
+  const Span span = present ? span_of(params, plan, lane) : Span{};
+  const uint32_t units = span.num_tiles;
   const uint32_t before = warp_exclusive_sum(units, lane);
   const uint32_t total = __shfl_sync(0xffffffffu, before + units, kWarpSize - 1);
-  Share share{Shares::of(total, plan), index, 0, 0, 0, 0};
+  const float prefill = plan.beside.cost > 0.0f ? warp_sum(prefill_work(plan, span)) : 0.0f;
+  Share share{Shares::of(total, plan, prefill), index, 0, 0, 0, 0};
   share.begin = share.all.begin_of(index);
   share.end = share.all.begin_of(index + 1);
   share.seq = warp_first(before <= share.begin && share.begin < before + units);
@@ -133,6 +164,7 @@ __device__ Share find_share(const AttentionParams& params, const DecodePlan& pla
   if (params.num_seqs <= kWarpSize) return find_share_of_few(params, plan, index);
   constexpr int kWarps = kThreads / kWarpSize;
   __shared__ uint32_t warp_totals[kWarps];
+  __shared__ float warp_prefill[kWarps];
   __shared__ uint32_t found[2];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int32_t num_seqs = static_cast<int32_t>(params.num_seqs);
@@ -141,18 +173,29 @@ __device__ Share find_share(const AttentionParams& params, const DecodePlan& pla
   const int32_t last = min(first + run, num_seqs);
 
   uint32_t mine = 0;
+  float prefill_of_mine = 0.0f;
 #pragma unroll 1
-  for (int32_t seq = first; seq < last; ++seq) mine += span_of(params, plan, seq).num_tiles;
+  for (int32_t seq = first; seq < last; ++seq) {
+    const Span span = span_of(params, plan, seq);
+    mine += span.num_tiles;
+    prefill_of_mine += prefill_work(plan, span);
+  }
   uint32_t before = warp_exclusive_sum(mine, lane);
-  if (lane == kWarpSize - 1) warp_totals[warp] = before + mine;
+  const float prefill_of_warp = plan.beside.cost > 0.0f ? warp_sum(prefill_of_mine) : 0.0f;
+  if (lane == kWarpSize - 1) {
+    warp_totals[warp] = before + mine;
+    warp_prefill[warp] = prefill_of_warp;
+  }
   __syncthreads();
   uint32_t total = 0;
+  float prefill = 0.0f;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) {
     if (i < warp) before += warp_totals[i];
     total += warp_totals[i];
+    prefill += warp_prefill[i];
   }
-  Share share{Shares::of(total, plan), index, 0, 0, 0, 0};
+  Share share{Shares::of(total, plan, prefill), index, 0, 0, 0, 0};
   share.begin = share.all.begin_of(index);
   share.end = share.all.begin_of(index + 1);
   if (share.begin == share.end) return share;

@@ -2,7 +2,8 @@
 
 namespace paged_ops::cuda {
 
-template bool run_prefill_on_warpgroups<__nv_bfloat16>(const AttentionParams&, int32_t,
+template bool runs_on_warpgroups<__nv_bfloat16>(const AttentionParams&);
+template void run_prefill_on_warpgroups<__nv_bfloat16>(const AttentionParams&, int32_t,
                                                        cudaStream_t);
 
 }  // namespace paged_ops::cuda

@@ -2,6 +2,7 @@
 
 namespace paged_ops::cuda {
 
-template bool run_prefill_on_warpgroups<__half>(const AttentionParams&, int32_t, cudaStream_t);
+template bool runs_on_warpgroups<__half>(const AttentionParams&);
+template void run_prefill_on_warpgroups<__half>(const AttentionParams&, int32_t, cudaStream_t);
 
 }  // namespace paged_ops::cuda
