@@ -49,35 +49,33 @@ class Place {
 };
 
 struct Cuda {
-  static void run(const AttentionParams& params, const Device& on) {
-    const Place place(on);
+  static void run(const AttentionParams& params, const Device& device) {
+    const Place place(device);
     check_values(params, place.stream());
     const AttentionPlan plan = plan_attention(params, device_limits(place.device()));
-    const int device = place.device();
-    const cudaStream_t stream = place.stream();
-    const bool capturing = is_capturing(stream);
-    unsigned* const counters = zeroed_counters(plan.num_counters, device, stream, capturing);
-    if (void* const kept = stream_memory(plan.scratch_bytes, device, stream, capturing)) {
-      return run_attention(params, plan, {kept, counters}, stream);
+    Scratch scratch =
+        kept_scratch(plan.scratch_bytes, plan.num_counters, place.device(), place.stream());
+    OwnedTensor memory;
+    if (scratch.memory == nullptr && plan.scratch_bytes > 0) {
+      // It may be given back before the kernel has run: what gets it runs later on the stream.
+      memory =
+          new_tensor({static_cast<int64_t>(plan.scratch_bytes)}, aoti_torch_dtype_uint8(), device);
+      scratch.memory = mutable_data(memory);
     }
-    // This memory may be given back before the kernel has run: what gets it runs later on the
-    // stream.
-    const OwnedTensor scratch =
-        new_tensor({static_cast<int64_t>(plan.scratch_bytes)}, aoti_torch_dtype_uint8(), on);
-    run_attention(params, plan, {mutable_data(scratch), counters}, stream);
+    run_attention(params, plan, scratch, place.stream());
   }
-  static void run(const WriteKvParams& params, const Device& on) {
-    const Place place(on);
+  static void run(const WriteKvParams& params, const Device& device) {
+    const Place place(device);
     check_values(params, place.stream());
     run_write_kv(params, place.stream());
   }
-  static void run(const CopyBlocksParams& params, const Device& on) {
-    const Place place(on);
+  static void run(const CopyBlocksParams& params, const Device& device) {
+    const Place place(device);
     check_values(params, place.stream());
     run_copy_blocks(params, place.stream());
   }
-  static void run(const MergeStatesParams& params, const Device& on) {
-    run_merge_states(params, Place(on).stream());
+  static void run(const MergeStatesParams& params, const Device& device) {
+    run_merge_states(params, Place(device).stream());
   }
 };
 
