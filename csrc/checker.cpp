@@ -23,10 +23,10 @@ std::string bracketed(const Sequence& values) {
   return text.str();
 }
 
-std::string device_name(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "cpu";
-  const std::string index = std::to_string(tensor.get_device_index());
-  return (tensor.is_cuda() ? "cuda:" : "device:") + index;
+std::string device_name(const Device& device) {
+  if (device.type == aoti_torch_device_type_cpu()) return "cpu";
+  const bool cuda = device.type == aoti_torch_device_type_cuda();
+  return (cuda ? "cuda:" : "device:") + std::to_string(device.index);
 }
 
 const char* dtype_name(ScalarType type) {
@@ -45,6 +45,8 @@ const char* dtype_name(ScalarType type) {
       return "int32";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Undefined:
+      return "another dtype";
     default:
       return torch::headeronly::toString(type);
   }
@@ -66,7 +68,7 @@ std::string expected_shape(std::initializer_list<Size*> sizes) {
 }
 
 // First and one past the last byte that the elements of a tensor lie in.
-std::pair<const char*, const char*> span(const TensorView& tensor) {
+std::pair<const char*, const char*> span(const TensorArgument& tensor) {
   if (tensor.numel() == 0) return {tensor.data, tensor.data};
   int64_t last = 0;
   for (size_t d = 0; d < tensor.sizes.size(); ++d) {
@@ -82,14 +84,14 @@ void Checker::fail(const char* name, const std::string& expected, const std::str
                            ", got " + got);
 }
 
-void Checker::device(const char* name, const TensorView& tensor) const {
+void Checker::device(const char* name, const TensorArgument& tensor) const {
   if (!tensor.defined) fail(name, "be a tensor", "None");
   if (tensor.device == anchor_.device) return;
-  fail(name, "be on " + device_name(anchor_.tensor) + " like " + anchor_name_,
-       device_name(tensor.tensor));
+  fail(name, "be on " + device_name(anchor_.device) + " like " + anchor_name_,
+       device_name(tensor.device));
 }
 
-void Checker::dtype(const char* name, const TensorView& tensor,
+void Checker::dtype(const char* name, const TensorArgument& tensor,
                     std::initializer_list<ScalarType> accepted) const {
   if (std::find(accepted.begin(), accepted.end(), tensor.dtype) != accepted.end()) return;
   std::string expected;
@@ -99,7 +101,7 @@ void Checker::dtype(const char* name, const TensorView& tensor,
   fail(name, expected, dtype_name(tensor.dtype));
 }
 
-void Checker::shape(const char* name, const TensorView& tensor,
+void Checker::shape(const char* name, const TensorArgument& tensor,
                     std::initializer_list<Size*> sizes) const {
   const auto got = tensor.sizes;
   bool matches = got.size() == sizes.size();
@@ -116,17 +118,17 @@ void Checker::shape(const char* name, const TensorView& tensor,
   }
 }
 
-void Checker::unit_stride(const char* name, const TensorView& tensor) const {
+void Checker::unit_stride(const char* name, const TensorArgument& tensor) const {
   const size_t last = tensor.sizes.size() - 1;
   if (tensor.strides[last] == 1 || tensor.sizes[last] <= 1) return;
   fail(name, "have stride 1 in its last dimension", "strides " + bracketed(tensor.strides));
 }
 
-void Checker::contiguous(const char* name, const TensorView& tensor) const {
+void Checker::contiguous(const char* name, const TensorArgument& tensor) const {
   if (!tensor.contiguous()) fail(name, "be contiguous", "strides " + bracketed(tensor.strides));
 }
 
-void Checker::distinct_elements(const char* name, const TensorView& tensor) const {
+void Checker::distinct_elements(const char* name, const TensorArgument& tensor) const {
   if (tensor.contiguous()) return;
   const auto sizes = tensor.sizes, strides = tensor.strides;
   std::array<std::pair<int64_t, int64_t>, 5> dims;  // (stride, size); no argument has more
@@ -145,8 +147,8 @@ void Checker::distinct_elements(const char* name, const TensorView& tensor) cons
   }
 }
 
-void Checker::disjoint(const char* name, const TensorView& tensor, const char* other_name,
-                       const TensorView& other) const {
+void Checker::disjoint(const char* name, const TensorArgument& tensor, const char* other_name,
+                       const TensorArgument& other) const {
   const auto [begin, end] = span(tensor);
   const auto [other_begin, other_end] = span(other);
   if (begin == end || other_begin == other_end) return;

@@ -4,15 +4,12 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <optional>
 #include <string>
 
 #include "params.h"
-#include "tensor_view.h"
+#include "tensor.h"
 
 namespace paged_ops {
-
-using OptionalTensor = std::optional<Tensor>;
 
 inline constexpr char kConstant[] = "";  // bound_by of a size that is known beforehand
 
@@ -26,29 +23,30 @@ struct Size {
 class Checker {
  public:
   // Every tensor that is checked has to be on the device of `anchor`.
-  Checker(const char* op, const char* anchor_name, const TensorView& anchor)
+  Checker(const char* op, const char* anchor_name, const TensorArgument& anchor)
       : op_(op), anchor_name_(anchor_name), anchor_(anchor) {}
 
-  void device(const char* name, const TensorView& tensor) const;
-  void dtype(const char* name, const TensorView& tensor,
+  void device(const char* name, const TensorArgument& tensor) const;
+  void dtype(const char* name, const TensorArgument& tensor,
              std::initializer_list<ScalarType> accepted) const;
   // Binds the sizes not yet seen and compares the others.
-  void shape(const char* name, const TensorView& tensor, std::initializer_list<Size*> sizes) const;
+  void shape(const char* name, const TensorArgument& tensor,
+             std::initializer_list<Size*> sizes) const;
   // The elements along the last dimension are neighbours in memory.
-  void unit_stride(const char* name, const TensorView& tensor) const;
-  void contiguous(const char* name, const TensorView& tensor) const;
+  void unit_stride(const char* name, const TensorArgument& tensor) const;
+  void contiguous(const char* name, const TensorArgument& tensor) const;
   // No two elements share memory: what is written must not be an expanded tensor.
-  void distinct_elements(const char* name, const TensorView& tensor) const;
+  void distinct_elements(const char* name, const TensorArgument& tensor) const;
   // Shares no memory with `other`, judged by the span of addresses from first to last element.
-  void disjoint(const char* name, const TensorView& tensor, const char* other_name,
-                const TensorView& other) const;
+  void disjoint(const char* name, const TensorArgument& tensor, const char* other_name,
+                const TensorArgument& other) const;
   [[noreturn]] void fail(const char* name, const std::string& expected,
                          const std::string& got) const;
 
  private:
   const char* op_;
   const char* anchor_name_;
-  const TensorView& anchor_;
+  const TensorArgument& anchor_;
 };
 
 DType to_dtype(ScalarType type);

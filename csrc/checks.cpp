@@ -24,16 +24,16 @@ struct Sizes {
   Size two{"2", 2, kConstant};
 };
 
-void check_tokens(const Checker& check, const char* name, const TensorView& tensor, Size& num_heads,
-                  Sizes& sizes) {
+void check_tokens(const Checker& check, const char* name, const TensorArgument& tensor,
+                  Size& num_heads, Sizes& sizes) {
   check.device(name, tensor);
   check.dtype(name, tensor, kFloatTypes);
   check.shape(name, tensor, {&sizes.num_tokens, &num_heads, &sizes.head_size});
   check.unit_stride(name, tensor);
 }
 
-void check_cache_dtype(const Checker& check, const char* name, const TensorView& cache,
-                       const char* like_name, const TensorView& like) {
+void check_cache_dtype(const Checker& check, const char* name, const TensorArgument& cache,
+                       const char* like_name, const TensorArgument& like) {
   if (cache.dtype == ScalarType::Float8_e4m3fn || cache.dtype == like.dtype) return;
   check.fail(name,
              std::string("have the dtype of ") + like_name + " (" +
@@ -56,7 +56,7 @@ void check_sizes(const Checker& check, const char* cache_name, const Sizes& size
   }
 }
 
-void check_kv_cache(const Checker& check, const TensorView& kv_cache, Sizes& sizes) {
+void check_kv_cache(const Checker& check, const TensorArgument& kv_cache, Sizes& sizes) {
   check.device("kv_cache", kv_cache);
   check.shape(
       "kv_cache", kv_cache,
@@ -66,39 +66,36 @@ void check_kv_cache(const Checker& check, const TensorView& kv_cache, Sizes& siz
 }
 
 template <typename T>
-const T* data_of(const TensorView& tensor) {
+const T* data_of(const TensorArgument& tensor) {
   return reinterpret_cast<const T*>(tensor.data);
 }
 
 // K is half 0 and V is half 1 of a kv_cache.
-template <typename Pointer>
-CacheHalf<Pointer> half_of(const TensorView& kv_cache, int64_t half) {
+template <typename Pointer, typename Byte>
+CacheHalf<Pointer> half_of(const TensorArgument& kv_cache, Byte* data, int64_t half) {
   const auto strides = kv_cache.strides;
   const int64_t offset = half * strides[1] * kv_cache.element_size();
-  char* const data = static_cast<char*>(kv_cache.tensor.data_ptr()) + offset;
-  return {data, strides[0], strides[2], strides[3]};
+  return {data + offset, strides[0], strides[2], strides[3]};
 }
 
-void check_index(const Checker& check, const char* name, const TensorView& tensor, ScalarType type,
-                 std::initializer_list<Size*> sizes) {
+void check_index(const Checker& check, const char* name, const TensorArgument& tensor,
+                 ScalarType type, std::initializer_list<Size*> sizes) {
   check.device(name, tensor);
   check.dtype(name, tensor, {type});
   check.shape(name, tensor, sizes);
   check.contiguous(name, tensor);
 }
 
-const float* check_per_head(const Checker& check, const char* name, const OptionalTensor& tensor,
+const float* check_per_head(const Checker& check, const char* name, const TensorArgument& tensor,
                             Size& num_heads) {
-  if (!tensor.has_value()) return nullptr;
-  const TensorView view(*tensor);
-  check_index(check, name, view, ScalarType::Float, {&num_heads});
-  return data_of<float>(view);
+  if (!tensor.given()) return nullptr;
+  check_index(check, name, tensor, ScalarType::Float, {&num_heads});
+  return data_of<float>(tensor);
 }
 
-Scale check_scale(const Checker& check, const char* name, const OptionalTensor& tensor,
-                  const TensorView& cache, const Size& num_kv_heads) {
-  if (!tensor.has_value()) return {nullptr, 0};
-  const TensorView scale(*tensor);
+Scale check_scale(const Checker& check, const char* name, const TensorArgument& scale,
+                  const TensorArgument& cache, const Size& num_kv_heads) {
+  if (!scale.given()) return {nullptr, 0};
   check.device(name, scale);
   check.dtype(name, scale, {ScalarType::Float});
   if (cache.dtype != ScalarType::Float8_e4m3fn) {
@@ -117,31 +114,29 @@ Scale check_scale(const Checker& check, const char* name, const OptionalTensor& 
   return {data_of<float>(scale), one ? 0 : 1};
 }
 
-void check_option_values(const Checker& check, const AttentionOptions& options) {
-  if (options.scale.has_value()) {
-    if (!std::isfinite(*options.scale)) {
-      check.fail("scale", "be finite", std::to_string(*options.scale));
-    }
+void check_numbers(const Checker& check, const AttentionArguments& args) {
+  if (args.scale.has_value() && !std::isfinite(*args.scale)) {
+    check.fail("scale", "be finite", std::to_string(*args.scale));
   }
-  if (options.window != -1 && options.window < 1) {
-    check.fail("window", "be -1 (no limit) or at least 1", std::to_string(options.window));
+  if (args.window != -1 && args.window < 1) {
+    check.fail("window", "be -1 (no limit) or at least 1", std::to_string(args.window));
   }
-  if (!std::isfinite(options.softcap) || options.softcap < 0) {
-    check.fail("softcap", "be 0 (none) or positive and finite", std::to_string(options.softcap));
+  if (!std::isfinite(args.softcap) || args.softcap < 0) {
+    check.fail("softcap", "be 0 (none) or positive and finite", std::to_string(args.softcap));
   }
 }
 
-void check_batch(const Checker& check, const TensorView& block_table, const char* lens_name,
-                 const TensorView& lens, const OptionalTensor& query_start_loc, Sizes& sizes) {
-  if (!query_start_loc.has_value()) sizes.num_seqs = {"num_seqs", sizes.num_tokens.value, "query"};
+void check_batch(const Checker& check, const TensorArgument& block_table, const char* lens_name,
+                 const TensorArgument& lens, const TensorArgument& query_start_loc, Sizes& sizes) {
+  if (!query_start_loc.given()) sizes.num_seqs = {"num_seqs", sizes.num_tokens.value, "query"};
   check.device("block_table", block_table);
   check.dtype("block_table", block_table, {ScalarType::Int});
   check.shape("block_table", block_table, {&sizes.num_seqs, &sizes.max_blocks});
   check.unit_stride("block_table", block_table);
   check_index(check, lens_name, lens, ScalarType::Int, {&sizes.num_seqs});
-  if (query_start_loc.has_value()) {
+  if (query_start_loc.given()) {
     Size bounds{"num_seqs + 1", sizes.num_seqs.value + 1, "block_table"};
-    check_index(check, "query_start_loc", *query_start_loc, ScalarType::Int, {&bounds});
+    check_index(check, "query_start_loc", query_start_loc, ScalarType::Int, {&bounds});
   }
 }
 
@@ -154,9 +149,9 @@ bool batch_invariant_by_default() {
   return on;
 }
 
-AttentionParams make_params(const char* op, const char* lens_name, const TensorView& query,
-                            const TensorView& block_table, const TensorView& lens,
-                            const OptionalTensor& query_start_loc, const Sizes& sizes) {
+AttentionParams make_params(const char* op, const char* lens_name, const TensorArgument& query,
+                            const TensorArgument& block_table, const TensorArgument& lens,
+                            const TensorArgument& query_start_loc, const Sizes& sizes) {
   AttentionParams params{};
   params.op = op;
   params.seq_lens_name = lens_name;
@@ -166,9 +161,7 @@ AttentionParams make_params(const char* op, const char* lens_name, const TensorV
   params.block_table = data_of<int32_t>(block_table);
   params.block_table_stride = block_table.strides[0];
   params.seq_lens = data_of<int32_t>(lens);
-  if (query_start_loc.has_value()) {
-    params.query_start_loc = static_cast<const int32_t*>(query_start_loc->const_data_ptr());
-  }
+  params.query_start_loc = data_of<int32_t>(query_start_loc);
   params.num_tokens = sizes.num_tokens.value;
   params.num_seqs = sizes.num_seqs.value;
   params.num_blocks = sizes.num_blocks.value;
@@ -196,39 +189,35 @@ void check_group(const Checker& check, const Sizes& sizes) {
 
 }  // namespace
 
-AttentionParams check_attention(const char* op, const TensorView& query, const TensorView& kv_cache,
-                                const TensorView& block_table, const TensorView& seq_lens,
-                                const OptionalTensor& query_start_loc,
-                                const AttentionOptions& options) {
-  const Checker check(op, "query", query);
+AttentionParams check_attention(const char* op, const AttentionArguments& args) {
+  const Checker check(op, "query", args.query);
   Sizes sizes;
-  check_tokens(check, "query", query, sizes.num_heads, sizes);
-  check_kv_cache(check, kv_cache, sizes);
-  check_cache_dtype(check, "kv_cache", kv_cache, "query", query);
+  check_tokens(check, "query", args.query, sizes.num_heads, sizes);
+  check_kv_cache(check, args.kv_cache, sizes);
+  check_cache_dtype(check, "kv_cache", args.kv_cache, "query", args.query);
   check_group(check, sizes);
-  check_batch(check, block_table, "seq_lens", seq_lens, query_start_loc, sizes);
-  check_option_values(check, options);
+  check_batch(check, args.block_table, "seq_lens", args.seq_lens, args.query_start_loc, sizes);
+  check_numbers(check, args);
 
-  AttentionParams params =
-      make_params(op, "seq_lens", query, block_table, seq_lens, query_start_loc, sizes);
-  params.key_cache = half_of<const void*>(kv_cache, 0);
-  params.value_cache = half_of<const void*>(kv_cache, 1);
-  params.cache_dtype = to_dtype(kv_cache.dtype);
-  if (options.scale.has_value()) params.scale = static_cast<float>(*options.scale);
-  params.causal = options.causal;
-  params.window = options.window;
-  params.softcap = static_cast<float>(options.softcap);
-  params.batch_invariant = params.batch_invariant || options.batch_invariant;
-  params.alibi_slopes =
-      check_per_head(check, "alibi_slopes", options.alibi_slopes, sizes.num_heads);
-  params.sinks = check_per_head(check, "sinks", options.sinks, sizes.num_heads);
-  params.k_scale = check_scale(check, "k_scale", options.k_scale, kv_cache, sizes.num_kv_heads);
-  params.v_scale = check_scale(check, "v_scale", options.v_scale, kv_cache, sizes.num_kv_heads);
+  AttentionParams params = make_params(op, "seq_lens", args.query, args.block_table, args.seq_lens,
+                                       args.query_start_loc, sizes);
+  params.key_cache = half_of<const void*>(args.kv_cache, args.kv_cache.data, 0);
+  params.value_cache = half_of<const void*>(args.kv_cache, args.kv_cache.data, 1);
+  params.cache_dtype = to_dtype(args.kv_cache.dtype);
+  if (args.scale.has_value()) params.scale = static_cast<float>(*args.scale);
+  params.causal = args.causal;
+  params.window = args.window;
+  params.softcap = static_cast<float>(args.softcap);
+  params.batch_invariant = params.batch_invariant || args.batch_invariant;
+  params.alibi_slopes = check_per_head(check, "alibi_slopes", args.alibi_slopes, sizes.num_heads);
+  params.sinks = check_per_head(check, "sinks", args.sinks, sizes.num_heads);
+  params.k_scale = check_scale(check, "k_scale", args.k_scale, args.kv_cache, sizes.num_kv_heads);
+  params.v_scale = check_scale(check, "v_scale", args.v_scale, args.kv_cache, sizes.num_kv_heads);
   return params;
 }
 
-void check_out(const char* op, const TensorView& out, const TensorView& query,
-               std::initializer_list<std::pair<const char*, const TensorView*>> read) {
+void check_out(const char* op, const TensorArgument& out, const TensorArgument& query,
+               std::initializer_list<std::pair<const char*, const TensorArgument*>> read) {
   const Checker check(op, "query", query);
   Size num_tokens{"num_tokens", query.sizes[0], "query"};
   Size num_heads{"num_heads", query.sizes[1], "query"};
@@ -241,28 +230,29 @@ void check_out(const char* op, const TensorView& out, const TensorView& query,
   for (const auto& [name, tensor] : read) check.disjoint("out", out, name, *tensor);
 }
 
-void set_out(AttentionParams& params, const TensorView& out) {
-  params.out = out.tensor.mutable_data_ptr();
+void set_out(AttentionParams& params, const TensorArgument& out) {
+  params.out = mutable_data(out.handle);
   params.out_stride_token = out.strides[0];
   params.out_stride_head = out.strides[1];
   params.out_dtype = to_dtype(out.dtype);
 }
 
-void set_new_out(AttentionParams& params, const Tensor& out) {
-  params.out = out.mutable_data_ptr();
+void set_new_out(AttentionParams& params, const OwnedTensor& out) {
+  params.out = mutable_data(out);
   params.out_stride_token = int64_t{params.num_heads} * params.head_size;
   params.out_stride_head = params.head_size;
   params.out_dtype = params.query_dtype;
 }
 
-void set_new_lse(AttentionParams& params, const Tensor& lse) {
-  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+void set_new_lse(AttentionParams& params, const OwnedTensor& lse) {
+  params.lse = static_cast<float*>(mutable_data(lse));
 }
 
-AttentionParams check_paged_attention_v1(const TensorView& query, const TensorView& key_cache,
-                                         const TensorView& value_cache,
-                                         const TensorView& block_table,
-                                         const TensorView& context_lens) {
+AttentionParams check_paged_attention_v1(const TensorArgument& query,
+                                         const TensorArgument& key_cache,
+                                         const TensorArgument& value_cache,
+                                         const TensorArgument& block_table,
+                                         const TensorArgument& context_lens) {
   constexpr const char* kOp = "paged_attention_v1";
   constexpr const char* kLens = "context_lens";
   const Checker check(kOp, "query", query);
@@ -279,11 +269,12 @@ AttentionParams check_paged_attention_v1(const TensorView& query, const TensorVi
   }
   check.dtype("value_cache", value_cache, {key_cache.dtype});
   check_group(check, sizes);
-  check_batch(check, block_table, kLens, context_lens, std::nullopt, sizes);
+  const TensorArgument query_start_loc(nullptr);
+  check_batch(check, block_table, kLens, context_lens, query_start_loc, sizes);
 
   AttentionParams params =
-      make_params(kOp, kLens, query, block_table, context_lens, std::nullopt, sizes);
-  const auto whole = [](const TensorView& cache) {
+      make_params(kOp, kLens, query, block_table, context_lens, query_start_loc, sizes);
+  const auto whole = [](const TensorArgument& cache) {
     return CacheHalf<const void*>{cache.data, cache.strides[0], cache.strides[1], cache.strides[2]};
   };
   params.key_cache = whole(key_cache);
@@ -292,9 +283,9 @@ AttentionParams check_paged_attention_v1(const TensorView& query, const TensorVi
   return params;
 }
 
-WriteKvParams check_write_kv(const TensorView& key, const TensorView& value,
-                             const TensorView& kv_cache, const TensorView& slot_mapping,
-                             const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+WriteKvParams check_write_kv(const TensorArgument& key, const TensorArgument& value,
+                             const TensorArgument& kv_cache, const TensorArgument& slot_mapping,
+                             const TensorArgument& k_scale, const TensorArgument& v_scale) {
   const Checker check("write_kv", "key", key);
   Sizes sizes;
   check_tokens(check, "key", key, sizes.num_kv_heads, sizes);
@@ -314,8 +305,9 @@ WriteKvParams check_write_kv(const TensorView& key, const TensorView& value,
   params.value = value.data;
   params.value_stride_token = value.strides[0];
   params.value_stride_head = value.strides[1];
-  params.key_cache = half_of<void*>(kv_cache, 0);
-  params.value_cache = half_of<void*>(kv_cache, 1);
+  char* const cache_data = static_cast<char*>(mutable_data(kv_cache.handle));
+  params.key_cache = half_of<void*>(kv_cache, cache_data, 0);
+  params.value_cache = half_of<void*>(kv_cache, cache_data, 1);
   params.slot_mapping = data_of<int64_t>(slot_mapping);
   params.k_scale = check_scale(check, "k_scale", k_scale, kv_cache, sizes.num_kv_heads);
   params.v_scale = check_scale(check, "v_scale", v_scale, kv_cache, sizes.num_kv_heads);
@@ -329,7 +321,8 @@ WriteKvParams check_write_kv(const TensorView& key, const TensorView& value,
   return params;
 }
 
-CopyBlocksParams check_copy_blocks(const TensorView& kv_cache, const TensorView& block_pairs) {
+CopyBlocksParams check_copy_blocks(const TensorArgument& kv_cache,
+                                   const TensorArgument& block_pairs) {
   const Checker check("copy_blocks", "kv_cache", kv_cache);
   Sizes sizes;
   Size num_pairs{"num_pairs"};
@@ -341,7 +334,7 @@ CopyBlocksParams check_copy_blocks(const TensorView& kv_cache, const TensorView&
   check_index(check, "block_pairs", block_pairs, ScalarType::Long, {&num_pairs, &sizes.two});
 
   CopyBlocksParams params{};
-  params.kv_cache = kv_cache.tensor.mutable_data_ptr();
+  params.kv_cache = mutable_data(kv_cache.handle);
   params.stride_block = kv_cache.strides[0];
   params.stride_kv = kv_cache.strides[1];
   params.stride_slot = kv_cache.strides[2];
@@ -356,8 +349,8 @@ CopyBlocksParams check_copy_blocks(const TensorView& kv_cache, const TensorView&
   return params;
 }
 
-MergeStatesParams check_merge_states(const TensorView& out_a, const TensorView& lse_a,
-                                     const TensorView& out_b, const TensorView& lse_b) {
+MergeStatesParams check_merge_states(const TensorArgument& out_a, const TensorArgument& lse_a,
+                                     const TensorArgument& out_b, const TensorArgument& lse_b) {
   const Checker check("merge_states", "out_a", out_a);
   Sizes sizes;
   check_tokens(check, "out_a", out_a, sizes.num_heads, sizes);
@@ -369,7 +362,7 @@ MergeStatesParams check_merge_states(const TensorView& out_a, const TensorView& 
     check.shape(name, *lse, {&sizes.num_tokens, &sizes.num_heads});
   }
 
-  const auto state = [](const TensorView& out, const TensorView& lse) {
+  const auto state = [](const TensorArgument& out, const TensorArgument& lse) {
     return AttentionState<const void*, const float*>{out.data,       out.strides[0],
                                                      out.strides[1], data_of<float>(lse),
                                                      lse.strides[0], lse.strides[1]};
@@ -384,10 +377,10 @@ MergeStatesParams check_merge_states(const TensorView& out_a, const TensorView& 
   return params;
 }
 
-void set_new_merged(MergeStatesParams& params, const Tensor& out, const Tensor& lse) {
-  params.merged = {out.mutable_data_ptr(), int64_t{params.num_heads} * params.head_size,
-                   params.head_size,       static_cast<float*>(lse.mutable_data_ptr()),
-                   params.num_heads,       1};
+void set_new_merged(MergeStatesParams& params, const OwnedTensor& out, const OwnedTensor& lse) {
+  params.merged = {mutable_data(out), int64_t{params.num_heads} * params.head_size,
+                   params.head_size,  static_cast<float*>(mutable_data(lse)),
+                   params.num_heads,  1};
 }
 
 }  // namespace paged_ops

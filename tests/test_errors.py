@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -399,6 +400,44 @@ def test_grad_is_refused(op, name):
         call(op, arguments)
     with torch.inference_mode():
         call(op, arguments)
+
+
+def with_options(op: str, device: torch.device) -> Arguments:
+    """A right call in which every optional tensor is given."""
+    arguments = RIGHT[op](device)
+    if op in ("attention", "attention_lse", "attention_out"):
+        arguments |= {name: ones(4, device=device) for name in ("alibi_slopes", "sinks")}
+    if "slot_mapping" in arguments or "sinks" in arguments:
+        arguments["kv_cache"] = arguments["kv_cache"].to(FLOAT8)
+        arguments |= {name: ones(1, device=device) for name in ("k_scale", "v_scale")}
+    return arguments
+
+
+def tensors_left(op: str, arguments: Arguments) -> list[str]:
+    """Makes the call, empties `arguments`, and names the tensors that then still live."""
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    try:
+        result = call(op, arguments)
+    except RuntimeError:
+        result = None
+    results = (result,) if isinstance(result, Tensor) else result or ()
+    tensors |= {f"result {i}": tensor for i, tensor in enumerate(results)}
+    references = {name: weakref.ref(tensor) for name, tensor in tensors.items()}
+    del result, results
+    arguments.clear()
+    tensors.clear()
+    return [name for name, reference in references.items() if reference() is not None]
+
+
+@pytest.mark.parametrize("op", RIGHT)
+def test_every_argument_and_result_is_let_go(op, device):
+    assert tensors_left(op, RIGHT[op](device)) == []
+    assert tensors_left(op, with_options(op, device)) == []
+    wrong = next(each for each in MALFORMED if each[0] == op)
+    for right in (RIGHT[op](device), with_options(op, device)):
+        name, change = wrong[1:3]
+        right[name] = change(right[name])
+        assert tensors_left(op, right) == []
 
 
 def test_several_tokens_per_sequence_need_query_start_loc(device):

@@ -7,19 +7,19 @@ namespace paged_ops::cpu {
 namespace {
 
 struct Cpu {
-  static void run(const AttentionParams& params, const Tensor&) {
+  static void run(const AttentionParams& params, const Device&) {
     check_values(params);
     kernels().attention(params);
   }
-  static void run(const WriteKvParams& params, const Tensor&) {
+  static void run(const WriteKvParams& params, const Device&) {
     check_values(params);
     kernels().write_kv(params);
   }
-  static void run(const CopyBlocksParams& params, const Tensor&) {
+  static void run(const CopyBlocksParams& params, const Device&) {
     check_values(params);
     kernels().copy_blocks(params);
   }
-  static void run(const MergeStatesParams& params, const Tensor&) {
+  static void run(const MergeStatesParams& params, const Device&) {
     kernels().merge_states(params);
   }
 };

@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -34,58 +35,50 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Makes the tensor's device the current one, and back, and knows the stream to enqueue on.
+// Makes a device the current one, and back, and knows the stream to enqueue on.
 class Place {
  public:
-  explicit Place(const Tensor& anchor)
-      : device_(anchor.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
+  explicit Place(const Device& device) : device_(device.index), stream_(current_stream(device_)) {
+    // A guard takes twice as long as the question.
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != device_) guard_.emplace(device_);
+  }
   cudaStream_t stream() const { return stream_; }
   int device() const { return device_; }
 
  private:
   int32_t device_;
-  torch::stable::accelerator::DeviceGuard guard_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   cudaStream_t stream_;
 };
 
-// Without the dispatcher, through which new_empty takes four times as long.
-Tensor new_bytes(size_t count, int device) {
-  const int64_t size = static_cast<int64_t>(count), stride = 1;
-  AtenTensorHandle bytes = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                                  aoti_torch_device_type_cuda(), device, &bytes));
-  return Tensor(bytes);
-}
-
 struct Cuda {
-  static void run(const AttentionParams& params, const Tensor& anchor) {
-    const Place place(anchor);
+  static void run(const AttentionParams& params, const Device& device) {
+    const Place place(device);
     check_values(params, place.stream());
     const AttentionPlan plan = plan_attention(params, device_limits(place.device()));
-    const int device = place.device();
-    const cudaStream_t stream = place.stream();
-    const bool capturing = is_capturing(stream);
-    unsigned* const counters = zeroed_counters(plan.num_counters, device, stream, capturing);
-    if (void* const kept = stream_memory(plan.scratch_bytes, device, stream, capturing)) {
-      return run_attention(params, plan, {kept, counters}, stream);
+    Scratch scratch =
+        kept_scratch(plan.scratch_bytes, plan.num_counters, place.device(), place.stream());
+    OwnedTensor memory;
+    if (scratch.memory == nullptr && plan.scratch_bytes > 0) {
+      // It may be given back before the kernel has run: what gets it runs later on the stream.
+      memory =
+          new_tensor({static_cast<int64_t>(plan.scratch_bytes)}, aoti_torch_dtype_uint8(), device);
+      scratch.memory = mutable_data(memory);
     }
-    // This memory may be given back before the kernel has run: what gets it runs later on the
-    // stream.
-    const Tensor scratch = new_bytes(plan.scratch_bytes, device);
-    run_attention(params, plan, {scratch.mutable_data_ptr(), counters}, stream);
+    run_attention(params, plan, scratch, place.stream());
   }
-  static void run(const WriteKvParams& params, const Tensor& anchor) {
-    const Place place(anchor);
+  static void run(const WriteKvParams& params, const Device& device) {
+    const Place place(device);
     check_values(params, place.stream());
     run_write_kv(params, place.stream());
   }
-  static void run(const CopyBlocksParams& params, const Tensor& anchor) {
-    const Place place(anchor);
+  static void run(const CopyBlocksParams& params, const Device& device) {
+    const Place place(device);
     check_values(params, place.stream());
     run_copy_blocks(params, place.stream());
   }
-  static void run(const MergeStatesParams& params, const Tensor& anchor) {
-    run_merge_states(params, Place(anchor).stream());
+  static void run(const MergeStatesParams& params, const Device& device) {
+    run_merge_states(params, Place(device).stream());
   }
 };
 

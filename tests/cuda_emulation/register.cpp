@@ -23,7 +23,7 @@ DeviceLimits limits() {
 }
 
 struct Emulated {
-  static void run(const AttentionParams& params, const Tensor&) {
+  static void run(const AttentionParams& params, const Device&) {
     check_values(params, nullptr);
     const AttentionPlan plan = plan_attention(params, limits());
     std::vector<float> memory(plan.scratch_bytes / sizeof(float) + 4, NAN);
@@ -33,15 +33,15 @@ struct Emulated {
       if (counter != 0) throw std::runtime_error("a counter was not left at 0");
     }
   }
-  static void run(const WriteKvParams& params, const Tensor&) {
+  static void run(const WriteKvParams& params, const Device&) {
     check_values(params, nullptr);
     run_write_kv(params, nullptr);
   }
-  static void run(const CopyBlocksParams& params, const Tensor&) {
+  static void run(const CopyBlocksParams& params, const Device&) {
     check_values(params, nullptr);
     run_copy_blocks(params, nullptr);
   }
-  static void run(const MergeStatesParams& params, const Tensor&) {
+  static void run(const MergeStatesParams& params, const Device&) {
     run_merge_states(params, nullptr);
   }
 };
