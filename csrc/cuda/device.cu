@@ -116,6 +116,12 @@ bool is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+// Memory is moved twice in a cycle.
+float bandwidth_of(int device) {
+  const double cycles = 1e3 * attribute(cudaDevAttrMemoryClockRate, device);  // a second
+  return static_cast<float>(2 * cycles * attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8);
+}
+
 }  // namespace
 
 DeviceLimits device_limits(int device) {
@@ -125,7 +131,8 @@ DeviceLimits device_limits(int device) {
   std::call_once(once[device], [device] {
     limits[device] = {attribute(cudaDevAttrMultiProcessorCount, device),
                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                      bandwidth_of(device)};
   });
   return limits[device];
 }

@@ -19,6 +19,7 @@ struct DeviceLimits {
   int multiprocessors;
   int shared_per_multiprocessor;  // bytes
   int shared_per_cta;
+  float bandwidth;  // of its memory by its specification, bytes a second; 0: unknown
 };
 
 // What one warp of the decode kernel computes at once, for a cache with elements of kElementBytes
@@ -62,8 +63,9 @@ inline constexpr int kWarpsOfSmall = 2;
 // The prefill kernel of a call, if it starts beside the decode kernel on multiprocessors that have
 // none of its CTAs; else zeros.
 struct PrefillBeside {
-  float cost;    // time for a query token and a key that it sees, over that of reading a key
-  float rounds;  // of CTAs, all multiprocessors together, if all query tokens were its own
+  float cost;     // time for a query token and a key that it sees, over that of reading a key
+  float rounds;   // of CTAs, all multiprocessors together, if all query tokens were its own
+  float readers;  // part of the multiprocessors that can read as fast as the memory
 };
 
 // What the decode kernel is told beside the params.

@@ -16,7 +16,8 @@ void run_prefill(const AttentionParams& params, int32_t min_query_len, const Dev
                  cudaStream_t stream);
 
 template <typename Cache>
-PrefillBeside prefill_beside(const AttentionParams& params, const DeviceLimits& limits);
+PrefillBeside prefill_beside(const AttentionParams& params, const DecodePlan& decode,
+                             const DeviceLimits& limits);
 
 // True where the device multiplies whole warpgroups out of shared memory (wgmma), which has a
 // prefill kernel of its own for caches of 16-bit elements.

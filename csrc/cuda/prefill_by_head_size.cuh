@@ -21,14 +21,21 @@ void run_prefill(const AttentionParams& params, int32_t min_query_len, const Dev
 }
 
 template <typename Cache>
-PrefillBeside prefill_beside(const AttentionParams& params, const DeviceLimits& limits) {
+PrefillBeside prefill_beside(const AttentionParams& params, const DecodePlan& decode,
+                             const DeviceLimits& limits) {
   if constexpr (!kIsFloat8<Cache>) {
     if (runs_on_warpgroups<Cache>(params) && PrefillPlan::has_wide_query(params)) {
-      constexpr float kFlopsPerByte = 190.0f;  // what an H100 computes here while it reads a byte
+      // Of a multiprocessor of an H100, in a second: what this kernel computes, and what a CTA of
+      // the decode kernel reads at most, in short runs of memory and in longer ones.
+      constexpr float kFlops = 4.8e12f, kShortRuns = 42e9f, kLongRuns = 60e9f;
+      const bool short_runs = decode.heads * params.head_size * sizeof(Cache) <= 256;
+      const float bandwidth = limits.bandwidth / limits.multiprocessors;
       // For an element of a key and one of its value: 4 operations in each query head.
       const float flops_per_byte = 2.0f * params.group_size() / sizeof(Cache);
       const float rows = static_cast<float>(params.num_tokens * params.num_heads);
-      return {flops_per_byte / kFlopsPerByte, rows / (kWarpgroupCtaRows * limits.multiprocessors)};
+      return {flops_per_byte * bandwidth / kFlops,
+              rows / (kWarpgroupCtaRows * limits.multiprocessors),
+              bandwidth / (short_runs ? kShortRuns : kLongRuns)};
     }
   }
   return {};

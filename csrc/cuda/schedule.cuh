@@ -70,17 +70,15 @@ __device__ inline float prefill_work(const DecodePlan& plan, const Span& span) {
   return plan.beside.cost * query_len * keys;
 }
 
-// Shares of so many tiles beside so much prefill. More than a half of them read hardly faster;
-// fewer than a third are slower by as much as they are fewer, which is right where the prefill
-// takes longer. In the batch-invariant mode, whose CTAs have one KV head and read less each, it
-// takes more of them. All if the prefill is done sooner than other cuts cost, or if one of its CTAs
-// takes longer than half of the reading: what counts is then how soon it starts.
+// Shares of so many tiles beside so much prefill: some more than read as fast as the memory can be,
+// for the CTAs do not end at once; fewer, each as fast as it can, where the prefill takes longer.
+// All if the prefill is done sooner than other cuts cost, or if one of its CTAs takes longer than
+// half of the reading: what counts is then how soon it starts.
 __device__ inline uint32_t num_shares(const DecodePlan& plan, uint32_t tiles, float prefill) {
   constexpr float kLeast = 1.0f / 32;
   const float ratio = prefill / (static_cast<float>(tiles) * static_cast<float>(plan.tile_keys));
   if (ratio < kLeast || 2.0f * ratio > plan.beside.rounds) return plan.num_shares;
-  const float part =
-      plan.batch_invariant ? fmaxf(0.86f - 0.5f * ratio, 0.4f) : fmaxf(0.62f - 0.3f * ratio, 0.3f);
+  const float part = fminf(plan.beside.readers * fmaxf(1.46f - 0.71f * ratio, 0.71f), 1.0f);
   return max(static_cast<uint32_t>(part * static_cast<float>(plan.num_shares)), 1);
 }
 

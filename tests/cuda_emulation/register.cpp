@@ -19,7 +19,7 @@ int from_environment(const char* name, int otherwise) {
 DeviceLimits limits() {
   const int kilobytes = from_environment("EMULATED_SHARED_MEMORY", 227);  // of a CTA
   const int multiprocessors = from_environment("EMULATED_MULTIPROCESSORS", 3);
-  return {multiprocessors, (kilobytes + 1) << 10, kilobytes << 10};
+  return {multiprocessors, (kilobytes + 1) << 10, kilobytes << 10, 25e9f * multiprocessors};
 }
 
 struct Emulated {

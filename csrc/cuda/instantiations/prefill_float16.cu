@@ -2,7 +2,8 @@
 
 namespace paged_ops::cuda {
 
-template PrefillBeside prefill_beside<__half>(const AttentionParams&, const DeviceLimits&);
+template PrefillBeside prefill_beside<__half>(const AttentionParams&, const DecodePlan&,
+                                              const DeviceLimits&);
 template void run_prefill<__half>(const AttentionParams&, int32_t, const DeviceLimits&,
                                   cudaStream_t);
 
