@@ -72,7 +72,7 @@ AttentionPlan plan_attention(const AttentionParams& params, const DeviceLimits& 
   plan.cells = num_cells(plan.decode);
   plan.scratch_bytes =
       static_cast<size_t>(plan.cells * floats_of_cell(plan.decode)) * sizeof(float);
-  plan.num_counters = static_cast<size_t>(2 * plan.cells);
+  plan.num_counters = static_cast<size_t>(2 * plan.cells) + 1;  // the last one is prefill's
   return plan;
 }
 
@@ -91,7 +91,8 @@ void run_attention(const AttentionParams& params, const AttentionPlan& plan, con
     if (decode.prefill_follows) decode.beside = prefill_beside<Cache>(params, decode, plan.limits);
     run_decode<Cache>(params, decode, store, stream);
     if (!decode.prefill_follows) return;
-    run_prefill<Cache>(params, decode.max_query_len + 1, plan.limits, stream);
+    run_prefill<Cache>(params, decode.max_query_len + 1, plan.limits,
+                       scratch.counters + 2 * plan.cells, stream);
   });
 }
 

@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerMultiprocessor
 template <typename Shape>
 void launch_shape(const AttentionParams& params, int32_t min_query_len, cudaStream_t stream) {
   const PrefillPlan plan = PrefillPlan::of(params, Shape::kCtaRows, min_query_len);
-  launch<prefill_kernel<Shape>>(params.op, {plan.num_ctas(params)}, Shape::kThreads,
+  launch<prefill_kernel<Shape>>(params.op, {plan.num_places(params)}, Shape::kThreads,
                                 Shape::kSharedBytes, stream, params, plan);
 }
 

@@ -11,9 +11,10 @@
 namespace paged_ops::cuda {
 
 // Computes the sequences with at least `min_query_len` > 0 query tokens; leaves the others alone.
+// `counter` is 0 and is left so.
 template <typename Cache>
 void run_prefill(const AttentionParams& params, int32_t min_query_len, const DeviceLimits& limits,
-                 cudaStream_t stream);
+                 unsigned* counter, cudaStream_t stream);
 
 template <typename Cache>
 PrefillBeside prefill_beside(const AttentionParams& params, const DecodePlan& decode,
@@ -28,6 +29,6 @@ inline constexpr int kWarpgroupCtaRows = 128;
 
 template <typename Cache>
 void run_prefill_on_warpgroups(const AttentionParams& params, int32_t min_query_len,
-                               cudaStream_t stream);
+                               const DeviceLimits& limits, unsigned* counter, cudaStream_t stream);
 
 }  // namespace paged_ops::cuda

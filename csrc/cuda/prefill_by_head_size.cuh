@@ -9,10 +9,10 @@ namespace paged_ops::cuda {
 
 template <typename Cache>
 void run_prefill(const AttentionParams& params, int32_t min_query_len, const DeviceLimits& limits,
-                 cudaStream_t stream) {
+                 unsigned* counter, cudaStream_t stream) {
   if constexpr (!kIsFloat8<Cache>) {
     if (runs_on_warpgroups<Cache>(params)) {
-      return run_prefill_on_warpgroups<Cache>(params, min_query_len, stream);
+      return run_prefill_on_warpgroups<Cache>(params, min_query_len, limits, counter, stream);
     }
   }
   dispatch(

@@ -32,9 +32,19 @@ struct PrefillPlan {
     return query_word == 16;
   }
 
-  // CTAs of a launch, blocks of one KV head after those of another: one place more than there can
-  // be blocks.
-  int64_t num_ctas(const AttentionParams& params) const {
+  // Where row `row` of a block is, or would be, in the query. For elements of 16 bits.
+  __device__ const char* query_row(const AttentionParams& params, const RowBlock& block,
+                                   int row) const {
+    const int in_sequence = block.first_row + row;
+    const int64_t token = block.first_token + group_size.quotient(in_sequence);
+    const int64_t head = block.kv_head * group_size.value + group_size.remainder(in_sequence);
+    const int64_t element = token * params.query_stride_token + head * params.query_stride_head;
+    return static_cast<const char*>(params.query) + element * 2;
+  }
+
+  // Places of a launch, blocks of one KV head beside those of another: there is one more than there
+  // can be blocks.
+  int64_t num_places(const AttentionParams& params) const {
     return (blocks.num_places(params) + 1) * params.num_kv_heads;
   }
 };
@@ -59,7 +69,7 @@ struct TileRange {
 // CTAs have waited for all that was before, and which writes other rows: no CTA has to wait for it,
 // as long as what may have been written shortly before is read past the first-level cache, which a
 // query in small pieces is not. But what comes after this kernel waits for this one alone, so its
-// last CTA, which has no block, does.
+// last CTA does, which has no block of its own.
 __device__ inline void wait_where_needed(const PrefillPlan& plan) {
   if (!plan.wide_query || blockIdx.x + 1 == gridDim.x) wait_for_previous_kernel();
 }

@@ -1,10 +1,12 @@
 // The prefill kernel for compute capability 9.0, whose matrix units want whole warpgroups and
 // operands in shared memory: FlashAttention-3 (Shah et al., 2024) over a paged cache.
 //
-// A CTA takes 128 of the rows of one KV head: all query heads of the group share its keys and
-// values. Two warpgroups compute 64 rows each. A third one, with hardly any registers, fetches keys
-// and values into a ring of tiles, up to two tiles ahead: blocks of a few tokens are too small for
-// the tensor copy engine, so it looks up the block table and copies 16 bytes at a time.
+// A CTA takes 128 of the rows of one KV head at a time: all query heads of the group share its keys
+// and values. Two warpgroups compute 64 rows each. A third one, with hardly any registers, fetches
+// keys and values into a ring of tiles: blocks of a few tokens are too small for the tensor copy
+// engine, so it looks up the block table and copies 16 bytes at a time. There is one CTA to a
+// multiprocessor, which draws one block of rows after the other: when the last tiles of one are
+// computed with, the first of the next are on their way.
 //
 // A warpgroup begins to multiply a tile's keys, and the weights of the tile before with the values,
 // and computes exponentials of the former while the latter goes on. The two take turns in beginning
@@ -14,6 +16,7 @@
 // order: the result depends neither on the rest of the batch nor on timing.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../dispatch.h"
@@ -23,196 +26,13 @@
 #include "prefill.h"
 #include "prefill_plan.h"
 #include "ptx_sm90a.cuh"
-#include "query_rows.cuh"
-#include "row_blocks.cuh"
 #include "row_output.cuh"
 #include "row_scores.cuh"
 #include "row_softmax.cuh"
+#include "tile_producer.cuh"
+#include "warpgroup_memory.cuh"
 
 namespace paged_ops::cuda {
-
-// Sizes of the kernel. All matrices in shared memory are slab matrices, see SlabMatrix.
-template <typename Cache_, int kHeadSize_>
-struct WarpgroupShape {
-  using Cache = Cache_;
-  static constexpr int kHeadSize = kHeadSize_;
-  static constexpr int kConsumers = 2;  // warpgroups that compute; one more fetches
-  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupSize;
-  static constexpr int kRows = 64;  // of a warpgroup
-  static constexpr int kCtaRows = kConsumers * kRows;
-  static_assert(kCtaRows == kWarpgroupCtaRows);
-  static constexpr int kKeys = kHeadSize <= 128 ? 128 : 64;  // of a tile
-  static constexpr int kStages = 2;
-  static constexpr int kSlabs = kHeadSize / 64;
-  static constexpr int kQuerySlabBytes = kCtaRows * 128;
-  static constexpr int kSlabBytes = kKeys * 128;
-  static constexpr int kQueryBytes = kSlabs * kQuerySlabBytes;
-  static constexpr int kTileBytes = kSlabs * kSlabBytes;  // of keys, or of values
-  static constexpr int kAlignment = 1024;
-  static constexpr int kSharedBytes = kAlignment + kQueryBytes + 2 * kStages * kTileBytes;
-  // Of a thread: 65536 of a multiprocessor.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
-};
-
-// Where chunk `chunk` of 16 bytes of row `row` of a slab matrix lies.
-template <int kSlabBytes>
-__device__ int place_of_chunk(int row, int chunk) {
-  return chunk / 8 * kSlabBytes + row * 128 + ((chunk ^ row) & 7) * 16;
-}
-
-// A ring of tiles of keys, or of values.
-template <int kStages>
-struct TileRing {
-  uint64_t full[kStages];   // all threads that fetch have
-  uint64_t empty[kStages];  // all warps that compute have read it
-
-  __device__ void begin(int fetching_threads, int computing_warps) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      init_barrier(full[stage], fetching_threads);
-      init_barrier(empty[stage], computing_warps);
-    }
-  }
-  __device__ void wait_until_full(int tile) {
-    wait_for_phase(full[tile % kStages], tile / kStages & 1);
-    show_to_matrix_units();
-  }
-  __device__ void wait_until_empty(int tile) {
-    wait_for_phase(empty[tile % kStages], ~(tile / kStages) & 1);
-  }
-  __device__ void release(int tile, int lane) {
-    if (lane == 0) arrive(empty[tile % kStages]);
-  }
-};
-
-template <typename Shape>
-struct WarpgroupMemory {
-  TileRing<Shape::kStages> keys;
-  TileRing<Shape::kStages> values;
-};
-
-// The slab matrices of a CTA.
-template <typename Shape>
-struct SharedMatrices {
-  unsigned char* query;
-
-  __device__ static SharedMatrices of_cta() {
-    unsigned char* const memory = dynamic_shared_memory();
-    return {memory + (-shared_address(memory) & (Shape::kAlignment - 1))};
-  }
-  __device__ unsigned char* query_chunk(int row, int byte) const {
-    return query + place_of_chunk<Shape::kQuerySlabBytes>(row, byte / 16) + byte % 16;
-  }
-  __device__ SharedAddress keys(int tile) const {
-    return shared_address(query) + Shape::kQueryBytes +
-           tile % Shape::kStages * 2 * Shape::kTileBytes;
-  }
-  __device__ SharedAddress values(int tile) const { return keys(tile) + Shape::kTileBytes; }
-};
-
-// One thread of the warpgroup that fetches. Each of its warps has a quarter of a tile's tokens, and
-// eight lanes copy 128 bytes of a row.
-template <typename Shape>
-class TileProducer {
-  using Cache = typename Shape::Cache;
-  static constexpr int kWarpKeys = Shape::kKeys / 4;
-  static constexpr int kRowsAtOnce = kWarpSize / 8;
-
- public:
-  __device__ TileProducer(const AttentionParams& params, const PrefillPlan& plan, int64_t seq,
-                          int kv_head, const TileRange<Shape::kKeys>& tiles, int thread)
-      : params_(params),
-        plan_(plan),
-        tiles_(tiles),
-        blocks_(params.block_table + seq * params.block_table_stride),
-        lane_(thread % kWarpSize),
-        first_row_(thread / kWarpSize * kWarpKeys) {
-    key_head_ = params.key_cache.stride_head * kv_head;
-    value_head_ = params.value_cache.stride_head * kv_head;
-  }
-
-  __device__ void run(WarpgroupMemory<Shape>& memory, const SharedMatrices<Shape>& matrices) {
-    int64_t key = -1, value = -1;
-    look_up(0);
-    // The values of a tile are needed when the next tile's keys have been multiplied.
-#pragma unroll 1
-    for (int tile = 0; tile <= tiles_.count; ++tile) {
-      const int64_t value_before = value;
-      if (tile < tiles_.count) {
-        key = address_of(params_.key_cache, key_head_, tile);
-        value = address_of(params_.value_cache, value_head_, tile);
-        look_up(tile + 1);
-        memory.keys.wait_until_empty(tile);
-        load(key, matrices.keys(tile));
-        arrive_after_copies(memory.keys.full[tile % Shape::kStages]);
-      }
-      if (tile > 0) {
-        memory.values.wait_until_empty(tile - 1);
-        load(value_before, matrices.values(tile - 1));
-        arrive_after_copies(memory.values.full[(tile - 1) % Shape::kStages]);
-      }
-    }
-    commit_copies();
-    wait_for_copies<0>();
-  }
-
- private:
-  __device__ int32_t key_of_lane(int tile) const {
-    return tiles_.first_key(tile) + first_row_ + lane_ % kWarpKeys;
-  }
-
-  // Asks for the block of the lane's token in a tile; negative: there is no such token.
-  __device__ void look_up(int tile) {
-    const int32_t key = key_of_lane(tile);
-    const bool present = tiles_.contains(key);
-    block_ = present ? load_fresh(blocks_ + plan_.block_size.quotient(key)) : -1;
-  }
-
-  // Of the row of the token that has been looked up; negative: there is none.
-  __device__ int64_t address_of(const CacheHalf<const void*>& half, int64_t head, int tile) const {
-    const int64_t slot = plan_.block_size.remainder(key_of_lane(tile));
-    const int64_t element = head + block_ * half.stride_block + slot * half.stride_slot;
-    return block_ < 0 ? -1
-                      : reinterpret_cast<int64_t>(half.data) +
-                            element * static_cast<int64_t>(sizeof(Cache));
-  }
-
-  // Begins to copy the warp's rows of a tile, whose addresses the lanes have. Zeros where there is
-  // no token, and past the end of the head.
-  __device__ void load(int64_t address, SharedAddress tile) const {
-    const int column = lane_ % 8 * 16, in_round = lane_ / 8;
-#pragma unroll
-    for (int round = 0; round < kWarpKeys / kRowsAtOnce; ++round) {
-      const int row = round * kRowsAtOnce + in_round;
-      const int64_t token = __shfl_sync(0xffffffffu, address, row), from = token + column;
-      const bool present = static_cast<int32_t>(token >> 32) >= 0;
-      const SharedAddress to =
-          tile + place_of_chunk<Shape::kSlabBytes>(first_row_ + row, lane_ % 8);
-#pragma unroll
-      for (int slab = 0; slab < Shape::kSlabs; ++slab) {
-        const bool in_head =
-            slab * 128 + column < params_.head_size * static_cast<int>(sizeof(Cache));
-        copy_async_16(to + slab * Shape::kSlabBytes,
-                      reinterpret_cast<const void*>(from + slab * 128), present && in_head);
-      }
-    }
-  }
-
-  const AttentionParams& params_;
-  const PrefillPlan& plan_;
-  const TileRange<Shape::kKeys> tiles_;
-  const int32_t* const blocks_;
-  const int lane_;
-  const int first_row_;  // of the warp, in a tile
-  int64_t key_head_;     // elements before the head in a token
-  int64_t value_head_;
-  int32_t block_ = -1;
-};
-
-// Barriers in hardware, two each, for the first and the second warpgroup: its turn to begin
-// products, and its query is there.
-inline constexpr int kFirstTurn = 1;
-inline constexpr int kFirstQuery = 3;
 
 // One thread of a warpgroup that computes, and what its rows have gathered.
 template <typename Shape>
@@ -226,6 +46,7 @@ struct WarpgroupRows {
   const TileRange<Shape::kKeys>& tiles;
   WarpgroupMemory<Shape>& memory;
   SharedMatrices<Shape> matrices;
+  int first_tile;  // in the rings
   int warpgroup;
   int lane;
   int first_row;  // of the warp's 16
@@ -242,31 +63,43 @@ struct WarpgroupRows {
     softmax.reset();
   }
 
-  // All tiles. The weights of the last one are still to be multiplied when the loop ends.
+  // All tiles, but for the values of the last one.
   __device__ void run() {
-    if (tiles.count == 0) return;
 #pragma unroll 1
     for (int tile = 0; tile < tiles.count; ++tile) attend(tile);
-    memory.values.wait_until_full(tiles.count - 1);
+  }
+
+  __device__ void add_last_values() {
+    if (tiles.count == 0) return;
+    const int last = first_tile + tiles.count - 1;
+    wait_for_tile(memory.values, last);
     begin_products();
-    multiply_values_of(tiles.count - 1);
+    multiply_values_of(last);
     commit_products();
     wait_for_products<0>();
     pin(softmax.out[0]);
+    memory.values.release(last, lane);
+  }
+
+  template <typename Tiles>
+  __device__ static void wait_for_tile(Tiles& ring, int in_ring) {
+    ring.wait_until_full(in_ring);
+    show_to_matrix_units();
   }
 
   // Takes in the keys of a tile and the values of the one before.
   __device__ void attend(int tile) {
-    memory.keys.wait_until_full(tile);
+    const int in_ring = first_tile + tile;
+    wait_for_tile(memory.keys, in_ring);
     sync_threads(kFirstTurn + warpgroup, 2 * kWarpgroupSize);
     pin(logits[0]);
     begin_products();
-    multiply_keys_of(tile);
+    multiply_keys_of(in_ring);
     commit_products();
     if (tile > 0) {
-      memory.values.wait_until_full(tile - 1);
+      wait_for_tile(memory.values, in_ring - 1);
       begin_products();
-      multiply_values_of(tile - 1);
+      multiply_values_of(in_ring - 1);
       commit_products();
       arrive_threads(kFirstTurn + 1 - warpgroup, 2 * kWarpgroupSize);
       wait_for_products<1>();
@@ -275,22 +108,22 @@ struct WarpgroupRows {
       wait_for_products<0>();
     }
     pin(logits[0]);
-    memory.keys.release(tile, lane);  // by each warp, since each has waited for its own part alone
+    memory.keys.release(in_ring, lane);  // by each warp: each has waited for its own part alone
     float shrink[1][2];
     const bool raised = weigh(tile, shrink);
     wait_for_products<0>();
     pin(softmax.out[0]);
     pin(logits[0]);  // so that no weight is packed before
-    if (tile > 0) memory.values.release(tile - 1, lane);
+    if (tile > 0) memory.values.release(in_ring - 1, lane);
     if (raised) softmax.rescale(shrink);
     pack_weights();
   }
 
   // Begins logits = query * keys^T.
-  __device__ void multiply_keys_of(int tile) {
+  __device__ void multiply_keys_of(int in_ring) {
     const SlabMatrix query = SlabMatrix::at(
         shared_address(matrices.query) + warpgroup * Shape::kRows * 128, Shape::kQuerySlabBytes);
-    const SlabMatrix keys = SlabMatrix::at(matrices.keys(tile), Shape::kSlabBytes);
+    const SlabMatrix keys = SlabMatrix::at(matrices.keys(in_ring), Shape::kSlabBytes);
 #pragma unroll
     for (int step = 0; step < kHeadSize / 16; ++step) {
       const int slab = step / 4, in_slab = step % 4 * 32;
@@ -301,8 +134,8 @@ struct WarpgroupRows {
   }
 
   // Begins out += weights * values.
-  __device__ void multiply_values_of(int tile) {
-    const SlabMatrix values = SlabMatrix::at(matrices.values(tile), Shape::kSlabBytes);
+  __device__ void multiply_values_of(int in_ring) {
+    const SlabMatrix values = SlabMatrix::at(matrices.values(in_ring), Shape::kSlabBytes);
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
       const SlabMatrix rows = values.from(n * 16 * 128);
@@ -344,52 +177,52 @@ struct WarpgroupRows {
 
 // What a thread of a warpgroup that computes does.
 template <typename Shape>
-__device__ void consume(const AttentionParams& params, const PrefillPlan& plan,
-                        const RowBlock& block, const TileRange<Shape::kKeys>& tiles,
-                        WarpgroupMemory<Shape>& memory, const SharedMatrices<Shape>& matrices,
-                        int warpgroup) {
+__device__ void consume(const AttentionParams& params, WarpgroupMemory<Shape>& memory,
+                        const SharedMatrices<Shape>& matrices, int warpgroup) {
   const int warp = threadIdx.x / kWarpSize % 4, lane = threadIdx.x % kWarpSize;
-  const int first_row = warpgroup * Shape::kRows;
-  const QueryRows<Shape::kHeadSize, Shape::kRows, kWarpgroupSize> query{
-      params, plan, block, first_row, static_cast<int>(threadIdx.x) % kWarpgroupSize};
-  query.load([&](int row, int byte) { return matrices.query_chunk(row, byte); });
+  const int first_row = warpgroup * Shape::kRows + warp * kRows;
   if (warpgroup == 1) arrive_threads(kFirstTurn, 2 * kWarpgroupSize);
-  WarpgroupRows<Shape> rows{params,   block,     tiles, memory,
-                            matrices, warpgroup, lane,  first_row + warp * kRows};
-  rows.begin();
-  wait_for_copies<0>();
-  show_to_matrix_units();
-  sync_threads(kFirstQuery + warpgroup, kWarpgroupSize);
-  rows.run();
-  write_rows<typename Shape::Cache>(params, block, rows.first_row, rows.softmax, lane);
+  int first_tile = 0;
+#pragma unroll 1
+  for (int index = 0;; ++index) {
+    memory.jobs.wait_until_full(index);
+    const RowBlock& block = memory.job(index).block;
+    if (block.num_rows == 0) break;
+    const TileRange<Shape::kKeys> tiles = TileRange<Shape::kKeys>::of(params, block);
+    WarpgroupRows<Shape> rows{params,     block,     tiles, memory,   matrices,
+                              first_tile, warpgroup, lane,  first_row};
+    rows.begin();
+    memory.queries.wait_until_full(index);
+    show_to_matrix_units();
+    rows.run();
+    memory.queries.release(index, lane);
+    rows.add_last_values();
+    write_rows<typename Shape::Cache>(params, block, first_row, rows.softmax, lane);
+    __syncwarp();  // all lanes have read the block
+    memory.jobs.release(index, lane);
+    first_tile += tiles.count;
+  }
 }
 
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     prefill_warpgroups_kernel(const __grid_constant__ AttentionParams params,
-                              const __grid_constant__ PrefillPlan plan) {
+                              const __grid_constant__ PrefillPlan plan,
+                              const __grid_constant__ PlaceQueue queue) {
 #if PAGED_OPS_SM90A
   wait_where_needed(plan);
   __shared__ WarpgroupMemory<Shape> memory;
-  const int kv_head = static_cast<int>(blockIdx.x) % params.num_kv_heads;
-  int64_t seq = 0;
-  const RowBlock block = plan.blocks.at(params, blockIdx.x / params.num_kv_heads, kv_head, &seq);
-  if (block.num_rows == 0) return;
-  if (threadIdx.x == 0) {
-    memory.keys.begin(kWarpgroupSize, Shape::kConsumers * 4);
-    memory.values.begin(kWarpgroupSize, Shape::kConsumers * 4);
-  }
+  if (threadIdx.x == 0) memory.begin();
   __syncthreads();
-  const TileRange<Shape::kKeys> tiles = TileRange<Shape::kKeys>::of(params, block);
   const auto matrices = SharedMatrices<Shape>::of_cta();
   const int warpgroup = threadIdx.x / kWarpgroupSize;
   if (warpgroup == Shape::kConsumers) {
     give_registers_back<Shape::kProducerRegisters>();
-    TileProducer<Shape>(params, plan, seq, kv_head, tiles, threadIdx.x % kWarpgroupSize)
-        .run(memory, matrices);
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroupSize;
+    TileProducer<Shape>(params, plan, queue, memory, matrices, thread).run();
   } else {
     take_registers<Shape::kConsumerRegisters>();
-    consume<Shape>(params, plan, block, tiles, memory, matrices, warpgroup);
+    consume<Shape>(params, memory, matrices, warpgroup);
   }
 #endif
 }
@@ -417,12 +250,15 @@ bool runs_on_warpgroups(const AttentionParams& params) {
 
 template <typename Cache>
 void run_prefill_on_warpgroups(const AttentionParams& params, int32_t min_query_len,
-                               cudaStream_t stream) {
+                               const DeviceLimits& limits, unsigned* counter, cudaStream_t stream) {
   with_warpgroup_shape<Cache>(params, [&](auto shape) {
     using Shape = decltype(shape);
     const PrefillPlan plan = PrefillPlan::of(params, Shape::kCtaRows, min_query_len);
-    launch<prefill_warpgroups_kernel<Shape>>(params.op, {plan.num_ctas(params)}, Shape::kThreads,
-                                             Shape::kSharedBytes, stream, params, plan);
+    const int64_t num_places = plan.num_places(params);
+    const PlaceQueue queue{counter, static_cast<unsigned>(num_places)};
+    const int64_t num_ctas = std::min<int64_t>(num_places, limits.multiprocessors);
+    launch<prefill_warpgroups_kernel<Shape>>(params.op, {num_ctas}, Shape::kThreads,
+                                             Shape::kSharedBytes, stream, params, plan, queue);
   });
 }
 

@@ -92,6 +92,11 @@ __device__ inline unsigned count_arrival(unsigned* counter, unsigned most) {
   return before;
 }
 
+// Counts likewise, but orders nothing: for a number that is all that matters.
+__device__ inline unsigned draw_number(unsigned* counter, unsigned most) {
+  return atomicInc(counter, most);
+}
+
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8 and
 // gets elements 2 * (l % 4) and the next of row l / 4 of each matrix.
 __device__ inline void load_matrices(SharedAddress row, uint32_t (&to)[4]) {

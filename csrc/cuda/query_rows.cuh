@@ -37,12 +37,7 @@ struct QueryRows {
     for (int i = thread; i < kCount * kPieces; i += kThreads) {
       const int row = first + i / kPieces, column = i % kPieces * kBytes;
       const bool present = row < block.num_rows && column < params.head_size * 2;
-      const int in_sequence = block.first_row + row;
-      const int64_t token = block.first_token + plan.group_size.quotient(in_sequence);
-      const int64_t head =
-          block.kv_head * plan.group_size.value + plan.group_size.remainder(in_sequence);
-      const int64_t element = token * params.query_stride_token + head * params.query_stride_head;
-      const char* const from = static_cast<const char*>(params.query) + element * 2 + column;
+      const char* const from = plan.query_row(params, block, row) + column;
       unsigned char* const to = place(row, column);
       if constexpr (kBytes == 16) {
         copy_async_16(shared_address(to), from, present);

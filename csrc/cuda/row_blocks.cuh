@@ -12,6 +12,7 @@
 #include "division.h"
 #include "ptx.cuh"
 #include "row_scores.cuh"
+#include "warp.cuh"
 
 namespace paged_ops::cuda {
 
@@ -33,9 +34,9 @@ struct RowBlocks {
     return first_place(params, params.num_seqs, static_cast<int32_t>(params.num_tokens));
   }
 
-  // The block at a place, for one KV head, and its sequence; no rows if there is none. The later
-  // rows of a sequence see more keys: they come first, for the last CTAs to end at about the same
-  // time.
+  // By a whole warp: the block at a place, for one KV head, and its sequence; no rows if there is
+  // none. The later rows of a sequence see more keys: they come first, for the last CTAs to end at
+  // about the same time.
   __device__ RowBlock at(const AttentionParams& params, int64_t place, int32_t kv_head,
                          int64_t* sequence) const {
     const int64_t seq = last_at_or_before(params, place);
@@ -54,17 +55,18 @@ struct RowBlocks {
   }
 
  private:
-  // The last sequence whose first place is at or before `place`; -1: none.
+  // The last sequence whose first place is at or before `place`; -1: none. By a whole warp: its
+  // lanes try as many sequences at once.
   __device__ int64_t last_at_or_before(const AttentionParams& params, int64_t place) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     int64_t below = 0;  // first_place(0 .. below - 1) <= place < first_place(above ..)
     int64_t above = params.num_seqs;
     while (below < above) {
-      const int64_t middle = (below + above) / 2;
-      if (first_place(params, middle, load_fresh(params.query_start_loc + middle)) <= place) {
-        below = middle + 1;
-      } else {
-        above = middle;
-      }
+      const int64_t step = (above - below + kWarpSize - 1) / kWarpSize;
+      const int64_t tried = below + (lane + 1) * step - 1;
+      const int32_t start = tried < above ? load_fresh(params.query_start_loc + tried) : 0;
+      below += step * warp_count(tried < above && first_place(params, tried, start) <= place);
+      above = min(above, below + step - 1);
     }
     return below - 1;
   }

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../params.h"
 #include "element.cuh"
+#include "fragments.cuh"
 #include "row_scores.cuh"
 #include "row_softmax.cuh"
 #include "softmax.cuh"
@@ -52,6 +54,65 @@ struct RowOutput {
   }
 };
 
+// Transposes 4 x 4 words: word i of lane l of each four neighbours becomes word l of lane i.
+__device__ inline void transpose_quads(uint32_t (&words)[4], int lane) {
+#pragma unroll
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = lane & distance;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t &low = words[i * (3 - distance)], &high = words[i * (3 - distance) + distance];
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);
+      (upper ? low : high) = other;
+    }
+  }
+}
+
+// Whether rows of out, of 16-bit numbers, can be written 16 bytes at a time.
+__device__ inline bool has_wide_rows(const AttentionParams& params) {
+  const int64_t numbers = params.out_stride_token | params.out_stride_head | params.head_size;
+  return (reinterpret_cast<uint64_t>(params.out) | static_cast<uint64_t>(numbers) * 2) % 16 == 0;
+}
+
+// A row of 16-bit numbers by the four lanes that have it, 16 bytes at a time. nullptr: no row.
+template <int kHeadSize, typename Number>
+__device__ void store_wide(Number* row, const float (&sums)[kHeadSize / 8][4], int half,
+                           float factor, int head_size, int lane) {
+#pragma unroll
+  for (int n = 0; n < kHeadSize / 8; n += 4) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[i] = pack(Number(), sums[n + i][2 * half] * factor, sums[n + i][2 * half + 1] * factor);
+    }
+    transpose_quads(words, lane);
+    const int column = (n + lane % 4) * 8;
+    if (row != nullptr && column < head_size) {
+      *reinterpret_cast<uint4*>(row + column) = {words[0], words[1], words[2], words[3]};
+    }
+  }
+}
+
+// By the four lanes that share it: one of their rows. Nothing is written where it is not `present`.
+template <typename Cache, int kHeadSize>
+__device__ void write_row(const AttentionParams& params, const RowOutput& output, bool present,
+                          const float (&sums)[kHeadSize / 8][4], int half, int lane) {
+  with_float_type(params.out_dtype, [&](auto type) {
+    using Float = decltype(type);
+    auto* const out = static_cast<Float*>(params.out);
+    if constexpr (!kIsFloat8<Cache> && !std::is_same_v<Float, float>) {
+      if (has_wide_rows(params)) {
+        return store_wide<kHeadSize>(present ? out + output.row : nullptr, sums, half,
+                                     output.factor, params.head_size, lane);
+      }
+    }
+    for_each_pair<Cache, kHeadSize>(sums, half, lane, [&](int d, float x, float y) {
+      if (present && d < params.head_size) output.store(out, d, x, y);
+    });
+  });
+  if (present && params.lse != nullptr && lane % 4 == 0) params.lse[output.lse_index] = output.lse;
+}
+
 // By a warp: writes the rows that `softmax` has gathered, from row `first_row` of the block on.
 template <typename Cache, int kTiles, int kHeadSize>
 __device__ void write_rows(const AttentionParams& params, const RowBlock& block, int first_row,
@@ -62,17 +123,10 @@ __device__ void write_rows(const AttentionParams& params, const RowBlock& block,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + RowScores<kTiles>::row_of(tile, half, lane);
-      if (row >= block.num_rows) continue;
       const RowOutput output =
           RowOutput::of(params, block, row, softmax.base[tile][half], softmax.sum[tile][half]);
-      with_float_type(params.out_dtype, [&](auto type) {
-        auto* const out = static_cast<decltype(type)*>(params.out);
-        for_each_pair<Cache, kHeadSize>(softmax.out[tile], half, lane,
-                                        [&](int d, float x, float y) {
-                                          if (d < params.head_size) output.store(out, d, x, y);
-                                        });
-      });
-      if (params.lse != nullptr && lane % 4 == 0) params.lse[output.lse_index] = output.lse;
+      write_row<Cache, kHeadSize>(params, output, row < block.num_rows, softmax.out[tile], half,
+                                  lane);
     }
   }
 }

@@ -73,6 +73,8 @@ __device__ inline uint32_t warp_exclusive_sum(uint32_t x, int lane) {
 
 __device__ inline bool warp_any(bool x) { return __any_sync(0xffffffffu, x); }
 
+__device__ inline int warp_count(bool x) { return __popc(__ballot_sync(0xffffffffu, x)); }
+
 // The first lane with a true x; lane 0 if none has.
 __device__ inline int warp_first(bool x) {
   return max(__ffs(static_cast<int>(__ballot_sync(0xffffffffu, x))) - 1, 0);

@@ -105,6 +105,7 @@ inline bool __any_sync(unsigned mask, bool x) {
   }
   return false;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __ballot_sync(unsigned mask, bool x) {
   if (mask != ~0u) std::abort();
   unsigned long all[32];

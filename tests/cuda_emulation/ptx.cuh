@@ -51,6 +51,10 @@ inline unsigned count_arrival(unsigned* counter, unsigned most) {
   return before;
 }
 
+inline unsigned draw_number(unsigned* counter, unsigned most) {
+  return count_arrival(counter, most);
+}
+
 // Element `column` of row `row` of matrix `matrix`, by the addresses that the lanes have given.
 inline uint16_t matrix_element(const uint64_t* rows, int matrix, int row, int column) {
   uint16_t element;

@@ -5,6 +5,6 @@ namespace paged_ops::cuda {
 template PrefillBeside prefill_beside<__nv_bfloat16>(const AttentionParams&, const DecodePlan&,
                                                      const DeviceLimits&);
 template void run_prefill<__nv_bfloat16>(const AttentionParams&, int32_t, const DeviceLimits&,
-                                         cudaStream_t);
+                                         unsigned*, cudaStream_t);
 
 }  // namespace paged_ops::cuda
