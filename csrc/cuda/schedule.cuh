@@ -7,8 +7,8 @@
 // a part of is put together from its pieces (pieces.cuh).
 //
 // Where the prefill kernel of the same call can start beside, there are fewer shares, and it gets
-// the multiprocessors of the others: half of them read as fast as all ("POD-Attention", Kamath et
-// al., 2024, runs the two side by side on each).
+// the multiprocessors of the others: a part of them reads as fast as all ("POD-Attention", Kamath
+// et al., 2024, runs the two side by side on each).
 //
 // In the batch-invariant mode sequences are cut into chunks of tiles, by nothing but their lengths
 // and what all calls have in common, and a share has the chunks that begin in it: the pieces of a
@@ -137,6 +137,11 @@ struct Share {
   uint32_t end;
   int32_t seq;
   uint32_t seq_begin;
+
+  // Its sequence is still to be found.
+  __device__ static Share of(const Shares& all, uint32_t index) {
+    return {all, index, all.begin_of(index), all.begin_of(index + 1), 0, 0};
+  }
 };
 
 // The share of this CTA where there are no more sequences than lanes: each warp finds it by itself.
@@ -149,9 +154,7 @@ __device__ inline Share find_share_of_few(const AttentionParams& params, const D
   const uint32_t before = warp_exclusive_sum(units, lane);
   const uint32_t total = __shfl_sync(0xffffffffu, before + units, kWarpSize - 1);
   const float prefill = plan.beside.cost > 0.0f ? warp_sum(prefill_work(plan, span)) : 0.0f;
-  Share share{Shares::of(total, plan, prefill), index, 0, 0, 0, 0};
-  share.begin = share.all.begin_of(index);
-  share.end = share.all.begin_of(index + 1);
+  Share share = Share::of(Shares::of(total, plan, prefill), index);
   share.seq = warp_first(before <= share.begin && share.begin < before + units);
   share.seq_begin = __shfl_sync(0xffffffffu, before, share.seq);
   return share;
@@ -195,9 +198,7 @@ __device__ Share find_share(const AttentionParams& params, const DecodePlan& pla
     total += warp_totals[i];
     prefill += warp_prefill[i];
   }
-  Share share{Shares::of(total, plan, prefill), index, 0, 0, 0, 0};
-  share.begin = share.all.begin_of(index);
-  share.end = share.all.begin_of(index + 1);
+  Share share = Share::of(Shares::of(total, plan, prefill), index);
   if (share.begin == share.end) return share;
   if (before <= share.begin && share.begin < before + mine) {
     int32_t seq = first;
