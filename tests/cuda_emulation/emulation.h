@@ -96,16 +96,6 @@ template <typename Number>
 Number __shfl_sync(unsigned mask, Number x, int from) {
   return exchange(mask, x, [](int, int by) { return by; }, from);
 }
-inline bool __any_sync(unsigned mask, bool x) {
-  if (mask != ~0u) std::abort();
-  unsigned long all[32];
-  emulation::gather(x, all);
-  for (const unsigned long each : all) {
-    if (each != 0) return true;
-  }
-  return false;
-}
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __ballot_sync(unsigned mask, bool x) {
   if (mask != ~0u) std::abort();
   unsigned long all[32];
@@ -114,6 +104,8 @@ inline unsigned __ballot_sync(unsigned mask, bool x) {
   for (int lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(all[lane]) << lane;
   return bits;
 }
+inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline uint32_t __umulhi(uint32_t x, uint32_t y) {
   return static_cast<uint32_t>(static_cast<uint64_t>(x) * y >> 32);
