@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerMultiprocessor
                 masked, lane);
   }
   wait_for_copies<0>();  // of the tile after the last, which is zeros
-  write_rows<typename Shape::Cache>(params, block, first_row, rows.softmax, lane);
+  write_rows<typename Shape::Cache>(params, plan.wide_out, block, first_row, rows.softmax, lane);
 }
 
 template <typename Shape>

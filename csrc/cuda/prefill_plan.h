@@ -17,19 +17,27 @@ struct PrefillPlan {
   Divisor block_size;
   Divisor group_size;
   bool wide_query;  // rows of the query can be loaded 16 bytes at a time
+  bool wide_out;    // and those of a result of 16-bit numbers stored
 
   // For blocks of `rows` query rows, a power of two.
   static PrefillPlan of(const AttentionParams& params, int rows, int32_t min_query_len) {
     return {{log2_of(rows), Divisor::of(min_query_len)},
             Divisor::of(params.block_size),
             Divisor::of(params.group_size()),
-            has_wide_query(params)};
+            has_wide_query(params),
+            has_wide_out(params)};
   }
 
   static bool has_wide_query(const AttentionParams& params) {
     const int query_word =
         widest_word(2, {params.query}, {params.query_stride_token, params.query_stride_head});
     return query_word == 16;
+  }
+
+  static bool has_wide_out(const AttentionParams& params) {
+    const int out_word = widest_word(
+        2, {params.out}, {params.out_stride_token, params.out_stride_head, params.head_size});
+    return out_word == 16;
   }
 
   // Where row `row` of a block is, or would be, in the query. For elements of 16 bits.

@@ -177,8 +177,9 @@ struct WarpgroupRows {
 
 // What a thread of a warpgroup that computes does.
 template <typename Shape>
-__device__ void consume(const AttentionParams& params, WarpgroupMemory<Shape>& memory,
-                        const SharedMatrices<Shape>& matrices, int warpgroup) {
+__device__ void consume(const AttentionParams& params, const PrefillPlan& plan,
+                        WarpgroupMemory<Shape>& memory, const SharedMatrices<Shape>& matrices,
+                        int warpgroup) {
   const int warp = threadIdx.x / kWarpSize % 4, lane = threadIdx.x % kWarpSize;
   const int first_row = warpgroup * Shape::kRows + warp * kRows;
   if (warpgroup == 1) arrive_threads(kFirstTurn, 2 * kWarpgroupSize);
@@ -197,7 +198,7 @@ __device__ void consume(const AttentionParams& params, WarpgroupMemory<Shape>& m
     rows.run();
     memory.queries.release(index, lane);
     rows.add_last_values();
-    write_rows<typename Shape::Cache>(params, block, first_row, rows.softmax, lane);
+    write_rows<typename Shape::Cache>(params, plan.wide_out, block, first_row, rows.softmax, lane);
     __syncwarp();  // all lanes have read the block
     memory.jobs.release(index, lane);
     first_tile += tiles.count;
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     TileProducer<Shape>(params, plan, queue, memory, matrices, thread).run();
   } else {
     take_registers<Shape::kConsumerRegisters>();
-    consume<Shape>(params, memory, matrices, warpgroup);
+    consume<Shape>(params, plan, memory, matrices, warpgroup);
   }
 #endif
 }

@@ -68,12 +68,6 @@ __device__ inline void transpose_quads(uint32_t (&words)[4], int lane) {
   }
 }
 
-// Whether rows of out, of 16-bit numbers, can be written 16 bytes at a time.
-__device__ inline bool has_wide_rows(const AttentionParams& params) {
-  const int64_t numbers = params.out_stride_token | params.out_stride_head | params.head_size;
-  return (reinterpret_cast<uint64_t>(params.out) | static_cast<uint64_t>(numbers) * 2) % 16 == 0;
-}
-
 // A row of 16-bit numbers by the four lanes that have it, 16 bytes at a time. nullptr: no row.
 template <int kHeadSize, typename Number>
 __device__ void store_wide(Number* row, const float (&sums)[kHeadSize / 8][4], int half,
@@ -95,13 +89,13 @@ __device__ void store_wide(Number* row, const float (&sums)[kHeadSize / 8][4], i
 
 // By the four lanes that share it: one of their rows. Nothing is written where it is not `present`.
 template <typename Cache, int kHeadSize>
-__device__ void write_row(const AttentionParams& params, const RowOutput& output, bool present,
-                          const float (&sums)[kHeadSize / 8][4], int half, int lane) {
+__device__ void write_row(const AttentionParams& params, const RowOutput& output, bool wide,
+                          bool present, const float (&sums)[kHeadSize / 8][4], int half, int lane) {
   with_float_type(params.out_dtype, [&](auto type) {
     using Float = decltype(type);
     auto* const out = static_cast<Float*>(params.out);
     if constexpr (!kIsFloat8<Cache> && !std::is_same_v<Float, float>) {
-      if (has_wide_rows(params)) {
+      if (wide) {
         return store_wide<kHeadSize>(present ? out + output.row : nullptr, sums, half,
                                      output.factor, params.head_size, lane);
       }
@@ -113,10 +107,11 @@ __device__ void write_row(const AttentionParams& params, const RowOutput& output
   if (present && params.lse != nullptr && lane % 4 == 0) params.lse[output.lse_index] = output.lse;
 }
 
-// By a warp: writes the rows that `softmax` has gathered, from row `first_row` of the block on.
+// By a warp: writes the rows that `softmax` has gathered, from row `first_row` of the block on;
+// 16-bit numbers 16 bytes at a time if `wide`.
 template <typename Cache, int kTiles, int kHeadSize>
-__device__ void write_rows(const AttentionParams& params, const RowBlock& block, int first_row,
-                           RowSoftmax<kTiles, kHeadSize>& softmax, int lane) {
+__device__ void write_rows(const AttentionParams& params, bool wide, const RowBlock& block,
+                           int first_row, RowSoftmax<kTiles, kHeadSize>& softmax, int lane) {
   softmax.finish();
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
@@ -125,8 +120,8 @@ __device__ void write_rows(const AttentionParams& params, const RowBlock& block,
       const int row = first_row + RowScores<kTiles>::row_of(tile, half, lane);
       const RowOutput output =
           RowOutput::of(params, block, row, softmax.base[tile][half], softmax.sum[tile][half]);
-      write_row<Cache, kHeadSize>(params, output, row < block.num_rows, softmax.out[tile], half,
-                                  lane);
+      write_row<Cache, kHeadSize>(params, output, wide, row < block.num_rows, softmax.out[tile],
+                                  half, lane);
     }
   }
 }
