@@ -82,7 +82,7 @@ def test_short_shares(num_seqs, longest, device):
 def test_equal_sequences_are_cut_alike(device):
     """Where two shares each are a few less than the multiprocessors: else cuts would wander."""
     multiprocessors = int(os.environ.get("EMULATED_MULTIPROCESSORS", "3"))
-    if device == "cuda":
+    if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         multiprocessors = gpu.multi_processor_count
         if gpu.shared_memory_per_multiprocessor < 200 << 10:
