@@ -224,3 +224,23 @@ def random_case(seed: int) -> Case:
         scales=rng.choice(("", "tensor", "head")) if float8 else "",
         seed=seed,
     )
+
+
+def large_random_case(seed: int) -> Case:
+    """Long sequences or many of them, with prompts and chunks of prompts among them."""
+    most_elements, most_scores = 1 << 24, 1 << 25  # of all keys; of a sequence, in float64
+    small = random_case(seed)
+    rng = random.Random(-seed)
+    num_seqs = rng.choice((1, 2, 5, 17, 64, 150))
+    keys_each = min(40_000, most_elements // (small.num_kv_heads * small.head_size)) // num_seqs
+    seq_lens = tuple(round(max(keys_each, 2) ** rng.uniform(0.5, 1.0)) for _ in range(num_seqs))
+    query_lens = tuple(
+        min(
+            rng.choice((1, 1, rng.randrange(17), round(seq_len ** rng.random()), seq_len)),
+            most_scores // (seq_len * small.num_heads),
+        )
+        for seq_len in seq_lens
+    )
+    return dataclasses.replace(
+        small, seq_lens=seq_lens, query_lens=None if small.query_lens is None else query_lens
+    )

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import LAYOUTS, Case, Inputs, expected, make_inputs, random_case
+from cases import LAYOUTS, Case, Inputs, expected, large_random_case, make_inputs, random_case
 from conftest import assert_accurate
 
 from paged_ops import ops
@@ -251,6 +251,26 @@ def test_paged_attention_v1(layout, dtype, out_dtype, device):
 @pytest.mark.parametrize("seed", range(150))
 def test_random_configurations(seed, device):
     check(random_case(seed), device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("seed", range(300))
+def test_large_random_configurations(seed):
+    """In both modes, each twice to the bit; the reference is computed on the GPU too."""
+    case = large_random_case(seed)
+    device = torch.device("cuda")
+    inputs = make_inputs(case).to(device)
+    with device:
+        expected_out, expected_lse = (each.cpu() for each in expected(inputs))
+    for batch_invariant in (False, True):
+        options = {**inputs.options, "batch_invariant": batch_invariant}
+        out, lse = ops.attention_lse(*inputs.args, **options)
+        assert_accurate(out, expected_out, case.dtype)
+        assert_accurate(lse, expected_lse, case.dtype)
+        again = ops.attention_lse(*inputs.args, **options)
+        assert torch.equal(out, again[0])
+        assert torch.equal(lse, again[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT8], ids=str)
