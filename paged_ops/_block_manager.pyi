@@ -147,6 +147,14 @@ class BlockManager:
     def unpin(self, tokens: Integers, salt: int = 0) -> int:
         """Undo one ``pin`` of the same tokens."""
 
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix: after new weights the keys and values in it are wrong.
+
+        Blocks that only the cache or a pin kept are free again. Pins end too: they are not to be
+        undone, but made again once their prefixes are published again. Sequences keep their blocks
+        and would publish them again: after new weights, end or preempt them.
+        """
+
     def step(self, seq_ids: Integers, buffers: StepBuffers) -> list[tuple[int, int]]:
         """Append one token to each sequence, and bring row i of the buffers up to ``seq_ids[i]``.
 

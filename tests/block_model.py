@@ -215,3 +215,9 @@ class BlockModel:
         _, blocks = self.pins.pop(index)
         for block in reversed(blocks):
             self.release(block)
+
+    def reset_prefix_cache(self) -> None:
+        self.pins, self.evictable = [], []
+        self.entries, self.entry_of = {}, {}
+        for sequence in self.sequences.values():
+            sequence.unpublish()

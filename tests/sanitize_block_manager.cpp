@@ -67,7 +67,7 @@ class Worker {
   void operate() {
     const int64_t seq_id = id(below(kIds));
     const paged_ops::Ids one{&seq_id, 1};
-    switch (below(12)) {
+    switch (below(13)) {
       case 0:
         return manager_->allocate(seq_id, below(20));
       case 1:
@@ -90,6 +90,9 @@ class Worker {
         return pin();
       case 10:
         return step();
+      case 11:
+        if (below(8) == 0) manager_->reset_prefix_cache();
+        return;
       default:
         return inspect(seq_id);
     }

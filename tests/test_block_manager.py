@@ -185,6 +185,29 @@ def test_a_pin_is_undone_as_it_was_made():
     assert manager.state()["num_pinned_blocks"] == 0
 
 
+def test_a_reset_forgets_every_prefix():
+    manager = BlockManager(8, 2)
+    for seq_id, tokens in enumerate(([1, 2, 3, 4], [5, 6, 7, 8], [9, 9])):
+        manager.allocate(seq_id, len(tokens))
+        manager.publish(seq_id, tokens, salt=seq_id)
+    for _ in range(2):
+        manager.pin([5, 6], salt=1)
+    manager.free(1)
+    manager.free(2)
+    held = manager.blocks(0)
+    manager.reset_prefix_cache()
+    manager.check()
+    state = manager.state()
+    assert (state["num_free_blocks"], state["num_evictable_blocks"]) == (6, 0)
+    assert (state["num_cached_blocks"], state["num_pinned_blocks"]) == (0, 0)
+    assert state["sequences"] == {0: {"length": 4, "published_blocks": 0, "blocks": held}}
+    assert [manager.lookup(t, s) for t, s in (([1, 2], 0), ([5, 6], 1), ([9, 9], 2))] == [0] * 3
+    with pytest.raises(ValueError, match="cached in all of their 1 full blocks, got 0"):
+        manager.unpin([5, 6], salt=1)
+    assert manager.publish(0, [1, 2, 3, 4], salt=7) == 4, "it may even begin with another salt"
+    assert manager.lookup([1, 2, 3, 4], salt=7) == 4
+
+
 def test_colliding_prefixes_are_told_apart():
     """The hash takes tokens for 32-bit numbers: two in one word."""
     first, second = [2**32, 0], [0, 1]

@@ -280,6 +280,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
         if tokens:
             self.model.unpin(key)
 
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        self.manager.reset_prefix_cache()
+        self.model.reset_prefix_cache()
+
     @invariant()
     def agrees(self) -> None:
         if not hasattr(self, "manager"):

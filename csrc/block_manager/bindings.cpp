@@ -189,7 +189,8 @@ void bind_prefixes(py::class_<BlockManager>& type) {
       .def("share", &share, seq_id, tokens, salt, ReleaseGil())
       .def("publish", &publish, seq_id, tokens, salt, ReleaseGil())
       .def("pin", &pin, tokens, salt, ReleaseGil())
-      .def("unpin", &unpin, tokens, salt, ReleaseGil());
+      .def("unpin", &unpin, tokens, salt, ReleaseGil())
+      .def("reset_prefix_cache", &BlockManager::reset_prefix_cache, ReleaseGil());
 }
 
 void bind_inspection(py::class_<BlockManager>& type) {

@@ -100,6 +100,9 @@ class BlockManager {
   int64_t pin(Tokens tokens, int64_t salt);
   int64_t unpin(Tokens tokens, int64_t salt);
 
+  // Forgets every cached prefix, pins included. Sequences keep their blocks, all unpublished.
+  void reset_prefix_cache();
+
   // Appends one token to each sequence and brings row i of the buffers up to seq_ids[i].
   std::vector<BlockPair> step(Ids seq_ids, StepBuffers* buffers);
 

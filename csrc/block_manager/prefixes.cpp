@@ -102,6 +102,19 @@ int64_t BlockManager::unpin(Tokens tokens, int64_t salt) {
   return static_cast<int64_t>(blocks.size()) * block_size_;
 }
 
+void BlockManager::reset_prefix_cache() {
+  const Lock lock(mutex_);
+  for (const auto& [block, count] : pins_) {
+    for (int32_t i = 0; i < count; ++i) pool_.release(block);
+  }
+  pins_.clear();
+  pin_ends_.clear();
+  for (int32_t block = 0; block < pool_.size(); ++block) {
+    if (pool_.is_cached(block)) forget(block);
+  }
+  for (Sequence& sequence : slots_) sequence.published_blocks = 0;
+}
+
 std::vector<int32_t> BlockManager::match_all(Tokens tokens, int64_t salt) const {
   Chain chain = PrefixCache::begin(salt);
   std::vector<int32_t> blocks = cache_.match(tokens, &chain);
