@@ -19,6 +19,6 @@ torch.ops.load_library(_library)
 from paged_ops import _fake as _fake  # noqa: E402
 from paged_ops import ops  # noqa: E402
 from paged_ops._block_manager import BlockManager, OutOfBlocks, StepBuffers  # noqa: E402
-from paged_ops.manager import PagedAttentionManager  # noqa: E402
+from paged_ops.manager import Batch, PagedAttentionManager  # noqa: E402
 
-__all__ = ["BlockManager", "OutOfBlocks", "PagedAttentionManager", "StepBuffers", "ops"]
+__all__ = ["Batch", "BlockManager", "OutOfBlocks", "PagedAttentionManager", "StepBuffers", "ops"]

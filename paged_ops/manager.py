@@ -37,6 +37,9 @@ class Batch:
     positions: Tensor
 
 
+torch.export.register_dataclass(Batch, serialized_type_name="paged_ops.Batch")
+
+
 class PagedAttentionManager:
     """Owns the caches of all layers, and knows where each sequence's tokens lie in them.
 

@@ -8,7 +8,7 @@ from conftest import assert_accurate
 from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
-from paged_ops import OutOfBlocks, PagedAttentionManager, ops
+from paged_ops import Batch, OutOfBlocks, PagedAttentionManager, ops, swap
 
 
 def make_manager(device="cpu", **changes) -> PagedAttentionManager:
@@ -411,4 +411,50 @@ def test_compiled_step_reads_the_same_tensors():
         reference.append(ids)
         wanted = step(query, key, reference.caches[0], reference.batch(ids))
         torch.testing.assert_close(out, wanted)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+class Step(torch.nn.Module):
+    """Writes new tokens and attends, as a model's layer does; rows of any number."""
+
+    def __init__(self, kv_cache):
+        super().__init__()
+        self.register_buffer("kv_cache", kv_cache)
+
+    def forward(self, query, key, batch: Batch):
+        ops.write_kv(key, key, self.kv_cache, batch.slot_mapping)
+        return ops.attention(query, self.kv_cache, batch.block_table, batch.seq_lens)
+
+
+def make_step(num_seqs: int):
+    manager = make_manager(num_layers=1, num_sequences=5)
+    for seq_id in range(num_seqs):
+        manager.add_sequence(seq_id, 2 + seq_id)
+    query, key = torch.randn(2, num_seqs, 2, 8).unbind()
+    return manager.caches[0], (query, key, manager.batch(range(num_seqs)))
+
+
+def test_a_module_that_takes_a_batch_is_exported():
+    torch.manual_seed(0)
+    cache, example = make_step(3)
+    rows = {0: torch.export.Dim("rows", min=2, max=64)}
+    by_batch = [rows] * 4  # all but query_start_loc
+    program = torch.export.export(Step(cache), example, dynamic_shapes=(rows, rows, by_batch))
+    exported = program.module()
+    for num_seqs in (2, 4):
+        cache, inputs = make_step(num_seqs)
+        exported.load_state_dict({"kv_cache": cache})
+        torch.testing.assert_close(exported(*inputs), Step(cache)(*inputs))
+
+
+def test_a_compiled_module_takes_batches_of_any_size():
+    torch.manual_seed(0)
+    cache, _ = make_step(1)
+    step = Step(cache)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for num_seqs in (3, 4, 5):  # none of them the number of heads, for which 2 would stand
+        _, inputs = make_step(num_seqs)
+        torch.testing.assert_close(compiled(*inputs), step(*inputs))
     assert counters["stats"]["unique_graphs"] == 1
