@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -374,8 +376,21 @@ def test_step_buffers_refuse(step_arrays, name, array):
 
 @pytest.mark.parametrize("tokens", [[1.5, 2], ["a"], [2**63], np.zeros((2, 2), dtype=np.int64), 7])
 def test_tokens_are_integers(tokens):
-    with pytest.raises(TypeError):
+    kinds = "a sequence of int or a contiguous array of int64 or int32 with one dimension"
+    got = rf"got {re.escape(reprlib.repr(tokens))}$"
+    with pytest.raises(TypeError, match=f"^tokens must be {kinds}, {got}"):
         BlockManager(4, 4).lookup(tokens)
+    for call in (
+        lambda manager: manager.append(tokens),
+        lambda manager: manager.batch(tokens, [1], 1),
+    ):
+        with pytest.raises(TypeError, match=f"^seq_ids must be {kinds}, {got}"):
+            call(BlockManager(4, 4))
+
+
+def test_numbers_are_integers():
+    with pytest.raises(TypeError, match=r"num_tokens must be .*, got 1\.5"):
+        BlockManager(4, 4).append([0], 1.5)
 
 
 def test_tokens_of_any_kind_are_the_same():

@@ -21,6 +21,12 @@ namespace paged_ops {
 namespace {
 
 using Pairs = std::vector<std::pair<int32_t, int32_t>>;
+constexpr char kSeqIds[] = "seq_ids", kTokens[] = "tokens", kNumTokens[] = "num_tokens",
+               kNumNewTokens[] = "num_new_tokens";
+using SeqIds = Integers<kSeqIds>;
+using TokenArray = Integers<kTokens>;
+using Counts = Integers<kNumTokens>;
+using NewTokens = Integers<kNumNewTokens>;
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
 Pairs to_pairs(const std::vector<BlockPair>& copies) {
@@ -29,35 +35,35 @@ Pairs to_pairs(const std::vector<BlockPair>& copies) {
   return pairs;
 }
 
-Pairs append_each(BlockManager& manager, const IntegerArray& seq_ids, const IntegerArray& counts) {
+Pairs append_each(BlockManager& manager, const SeqIds& seq_ids, const Counts& counts) {
   return to_pairs(manager.append(seq_ids.span(), counts.span()));
 }
 
-Pairs append_equally(BlockManager& manager, const IntegerArray& seq_ids, int64_t num_tokens) {
+Pairs append_equally(BlockManager& manager, const SeqIds& seq_ids, int64_t num_tokens) {
   return to_pairs(manager.append(seq_ids.span(), num_tokens));
 }
 
-Pairs reserve(BlockManager& manager, const IntegerArray& seq_ids, int64_t num_tokens) {
+Pairs reserve(BlockManager& manager, const SeqIds& seq_ids, int64_t num_tokens) {
   return to_pairs(manager.reserve(seq_ids.span(), num_tokens));
 }
 
-int64_t lookup(const BlockManager& manager, const IntegerArray& tokens, int64_t salt) {
+int64_t lookup(const BlockManager& manager, const TokenArray& tokens, int64_t salt) {
   return manager.lookup(tokens.span(), salt);
 }
 
-int64_t share(BlockManager& manager, int64_t seq_id, const IntegerArray& tokens, int64_t salt) {
+int64_t share(BlockManager& manager, int64_t seq_id, const TokenArray& tokens, int64_t salt) {
   return manager.share(seq_id, tokens.span(), salt);
 }
 
-int64_t publish(BlockManager& manager, int64_t seq_id, const IntegerArray& tokens, int64_t salt) {
+int64_t publish(BlockManager& manager, int64_t seq_id, const TokenArray& tokens, int64_t salt) {
   return manager.publish(seq_id, tokens.span(), salt);
 }
 
-int64_t pin(BlockManager& manager, const IntegerArray& tokens, int64_t salt) {
+int64_t pin(BlockManager& manager, const TokenArray& tokens, int64_t salt) {
   return manager.pin(tokens.span(), salt);
 }
 
-int64_t unpin(BlockManager& manager, const IntegerArray& tokens, int64_t salt) {
+int64_t unpin(BlockManager& manager, const TokenArray& tokens, int64_t salt) {
   return manager.unpin(tokens.span(), salt);
 }
 
@@ -66,8 +72,8 @@ py::bytearray to_bytes(const std::vector<T>& numbers) {
   return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(T)};
 }
 
-py::tuple batch(const BlockManager& manager, const IntegerArray& seq_ids,
-                const IntegerArray& num_new_tokens, int64_t max_blocks) {
+py::tuple batch(const BlockManager& manager, const SeqIds& seq_ids, const NewTokens& num_new_tokens,
+                int64_t max_blocks) {
   const Batch batch = [&] {
     const py::gil_scoped_release released;
     return manager.batch(seq_ids.span(), num_new_tokens.span(), max_blocks);
@@ -121,7 +127,7 @@ class ArrayStepBuffers {
   StepBuffers buffers_;
 };
 
-Pairs step(BlockManager& manager, const IntegerArray& seq_ids, ArrayStepBuffers& buffers) {
+Pairs step(BlockManager& manager, const SeqIds& seq_ids, ArrayStepBuffers& buffers) {
   return to_pairs(manager.step(seq_ids.span(), buffers.get()));
 }
 

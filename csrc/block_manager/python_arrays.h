@@ -99,17 +99,27 @@ class IntegerArray {
   Span<const int64_t> span_{nullptr, 0};
 };
 
+// The same as an argument of a Python function; anything else is a TypeError that names it.
+template <const char* kName>
+class Integers : public IntegerArray {};
+
 }  // namespace paged_ops
 
-template <>
-struct pybind11::detail::type_caster<paged_ops::IntegerArray> {
+template <const char* kName>
+struct pybind11::detail::type_caster<paged_ops::Integers<kName>> {
   static constexpr auto name = const_name("Sequence[int]");
   template <typename T>
-  using cast_op_type = const paged_ops::IntegerArray&;
+  using cast_op_type = const paged_ops::Integers<kName>&;
 
-  bool load(handle source, bool) { return array_.load(source); }
-  operator const paged_ops::IntegerArray&() { return array_; }
+  bool load(handle source, bool) {
+    if (array_.load(source)) return true;
+    throw type_error(std::string(kName) +
+                     " must be a sequence of int or a contiguous array of int64 or int32 with one "
+                     "dimension, got " +
+                     std::string(str(module_::import("reprlib").attr("repr")(source))));
+  }
+  operator const paged_ops::Integers<kName>&() { return array_; }
 
  private:
-  paged_ops::IntegerArray array_;
+  paged_ops::Integers<kName> array_;
 };
