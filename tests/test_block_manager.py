@@ -434,6 +434,13 @@ def test_wrong_numbers_are_refused(step_arrays, call, message):
     manager.check()
 
 
+def test_step_past_the_longest_sequence_says_so(step_arrays):
+    manager = BlockManager(8, 2, max_seq_len=6)
+    manager.allocate(0, 6)
+    with pytest.raises(ValueError, match=r"sequence 0 must have at most max_seq_len=6 .* got 7"):
+        manager.step([0], StepBuffers(**step_arrays))
+
+
 def test_large_pool():
     manager = BlockManager(8_000_000, 16)
     manager.allocate(0, 128_000_000)

@@ -244,6 +244,13 @@ def test_can_allocate():
     assert manager.num_free_blocks == 9
 
 
+def test_step_past_the_longest_sequence_says_so():
+    manager = make_manager(max_seq_len=8)
+    manager.add_sequence(0, 8)
+    with pytest.raises(ValueError, match="at most max_seq_len=8 tokens, got 9"):
+        manager.step([0])
+
+
 def test_step_is_append_and_batch(device):
     manager, other = make_manager(device), make_manager(device)
     for seq_id, length in ((3, 5), (1, 4), (0, 0)):

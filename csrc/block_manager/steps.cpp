@@ -43,6 +43,7 @@ void BlockManager::require_rows(const StepBuffers& buffers) const {
   require_at_most("the number of seq_ids", buffers.max_rows, static_cast<int64_t>(named_.size()));
   for (const int32_t slot : named_) {
     const Sequence& sequence = slots_[slot];
+    require_length(sequence.seq_id, sequence.length, 1);
     if (blocks_for(sequence.length + 1) > buffers.max_blocks) {
       refuse("block_table",
              "have columns for the " + std::to_string(blocks_for(sequence.length + 1)) +
