@@ -170,10 +170,16 @@ class BlockManager:
     ) -> tuple[bytearray, bytearray, bytearray, bytearray, bytearray]:
         """Describe a step in which the last ``num_new_tokens[i]`` tokens of ``seq_ids[i]`` are new.
 
+        Args:
+            seq_ids: n sequences.
+            num_new_tokens: for each, t in all.
+            max_blocks: columns that there is room for. Blocks past it that are reserved are left
+                out.
+
         Returns:
-            The memory of ``block_table`` int32 ``[n, max_blocks]``, ``seq_lens`` int32 ``[n]``,
+            The memory of ``block_table`` int32 ``[n, width]``, ``seq_lens`` int32 ``[n]``,
             ``query_start_loc`` int32 ``[n + 1]``, ``slot_mapping`` int64 ``[t]`` and ``positions``
-            int64 ``[t]``, for n sequences and t new tokens in all.
+            int64 ``[t]``. The width is the most blocks that one of the sequences lists.
         """
 
     def length(self, seq_id: int) -> int:

@@ -22,7 +22,7 @@ class Batch:
     """What the operators need to know of one step; n sequences, t new tokens in all.
 
     Attributes:
-        block_table: int32 ``[n, max_blocks]``.
+        block_table: int32 ``[n, max_blocks]``; past a sequence's last block it may hold anything.
         seq_lens: int32 ``[n]``, tokens of each sequence, the new ones included.
         query_start_loc: int32 ``[n + 1]``, where the new tokens of each sequence start; ``None`` in
             a step of one new token each, which needs none.
@@ -56,8 +56,10 @@ class PagedAttentionManager:
         device: where the tensors live.
         dtype: of the caches: float32, float16, bfloat16 or float8_e4m3fn.
         num_layers: how many caches there are. Each is an allocation of its own.
-        max_seq_len: tokens that the longest sequence may have; it decides how wide the block table
-            is. By default as many as all blocks hold.
+        max_seq_len: tokens that the longest sequence may have. By default as many as all blocks
+            hold, which is seldom what a model takes and has a price: each row of ``block_table``,
+            of a ``batch`` and of a ``step`` is as wide as the longest sequence has blocks, and
+            ``step`` sends its rows in full.
         watermark: blocks that a new sequence leaves for those that are there.
 
     Attributes:
@@ -159,7 +161,7 @@ class PagedAttentionManager:
         """int32 ``[num_sequences, max_blocks]``, always the same tensor; a row per sequence.
 
         A sequence has the row of its id where that is free, else the lowest that is. Rows without a
-        sequence mean nothing.
+        sequence, and what lies past the last block of one, mean nothing.
         """
         self._refresh()
         return self._block_table
@@ -320,7 +322,8 @@ class PagedAttentionManager:
 
         Returns:
             New tensors on the manager's device. ``num_new_tokens=1`` gives a ``query_start_loc`` of
-            ``None``; a sequence of numbers never does, so that a loop meets one kind of batch.
+            ``None``; several numbers never do, so that a loop meets one kind of batch. Of the
+            block table no more is sent than the longest of the sequences has blocks.
         """
         ids = list(seq_ids)
         decode = isinstance(num_new_tokens, int) and num_new_tokens == 1
@@ -328,13 +331,17 @@ class PagedAttentionManager:
         table, lens, starts, slots, positions = self.blocks.batch(ids, counts, self.max_blocks)
         padding = max(pad_to - len(ids), 0)
         num_seqs, num_tokens = len(ids) + padding, sum(counts) + padding
-        table.extend(bytes(4 * self.max_blocks * padding))
+        block_table = torch.empty(num_seqs, self.max_blocks, dtype=torch.int32, device=self.device)
+        if table:
+            width = len(table) // (4 * len(ids))
+            sent = self._tensor(table, torch.int32, (len(ids), width))
+            block_table[: len(ids), :width] = sent
         lens.extend(bytes(4 * padding))
         starts.extend(array("i", range(sum(counts) + 1, num_tokens + 1)).tobytes())
         slots.extend(array("q", [-1] * padding).tobytes())
         positions.extend(bytes(8 * padding))
         return Batch(
-            block_table=self._tensor(table, torch.int32, (num_seqs, self.max_blocks)),
+            block_table=block_table,
             seq_lens=self._tensor(lens, torch.int32, (num_seqs,)),
             query_start_loc=None if decode else self._tensor(starts, torch.int32, (num_seqs + 1,)),
             slot_mapping=self._tensor(slots, torch.int64, (num_tokens,)),

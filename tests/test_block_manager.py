@@ -74,6 +74,17 @@ def test_batch_refuses_what_does_not_fit():
             manager.batch([0], counts, width)
 
 
+def test_batch_is_as_wide_as_its_longest_sequence():
+    manager = BlockManager(8, 2)
+    manager.allocate(0, 5)
+    manager.allocate(1, 1)
+    table = np.frombuffer(manager.batch([1, 0], [0, 0], 8)[0], np.int32).reshape(2, -1)
+    assert table.tolist() == [[*manager.blocks(1), 0, 0], manager.blocks(0)]
+    manager.reserve([0], 7)
+    assert len(manager.batch([0], [0], 4)[0]) == 4 * 4, "what is reserved may be cut off"
+    assert len(manager.batch([], [], 4)[0]) == 0
+
+
 def test_freed_blocks_serve_again():
     manager = BlockManager(4, 2)
     for _ in range(100):

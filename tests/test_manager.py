@@ -7,6 +7,7 @@ import torch
 from conftest import assert_accurate
 from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from paged_ops import Batch, OutOfBlocks, PagedAttentionManager, ops, swap
 
@@ -28,6 +29,28 @@ def make_manager(device="cpu", **changes) -> PagedAttentionManager:
 def state(manager: PagedAttentionManager) -> tuple:
     tensors = (manager.block_table, manager.seq_lens, *manager.caches)
     return manager.seq_block_mapping, manager.rows, [tensor.tolist() for tensor in tensors]
+
+
+class Copies(TorchDispatchMode):
+    """Sees how many elements are copied into tensors, and whether the host waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.blocking: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten.copy_.default:
+            self.note(function, args[1], args[0].device, args[2:] == (True,))
+        elif function is torch.ops.aten._to_copy.default:
+            self.note(function, args[0], kwargs["device"], kwargs.get("non_blocking", False))
+        return function(*args, **kwargs)
+
+    def note(self, function, source, device, non_blocking) -> None:
+        self.sizes.append(source.numel())
+        if source.device != device and not non_blocking:
+            self.blocking.append(str(function))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -124,6 +147,19 @@ def test_padded_batch():
     assert batch.block_table.shape == (3, 10)
     assert manager.batch([0], [2], pad_to=2).query_start_loc.tolist() == [0, 2, 3]
     assert manager.batch([0], pad_to=1).seq_lens.tolist() == [6]
+
+
+def test_batch_sends_what_its_sequences_have_and_is_as_wide_as_the_table():
+    manager = make_manager()
+    manager.add_sequence(0, 6)
+    manager.reserve(0, 5)
+    blocks = manager.seq_block_mapping[0]
+    assert len(blocks) == 3
+    with Copies() as copies:
+        table = manager.batch([0], pad_to=2).block_table
+    assert table.shape == (2, 10)
+    assert table[0, :3].tolist() == blocks
+    assert max(copies.sizes) == len(blocks)
 
 
 def test_empty_batch():

@@ -106,7 +106,8 @@ class BlockManager {
   // Appends one token to each sequence and brings row i of the buffers up to seq_ids[i].
   std::vector<BlockPair> step(Ids seq_ids, StepBuffers* buffers);
 
-  // Describes a step in which the last num_new_tokens[i] tokens of sequence seq_ids[i] are new.
+  // Describes a step in which the last num_new_tokens[i] tokens of sequence seq_ids[i] are new. Of
+  // what is reserved, blocks past max_blocks are not listed.
   Batch batch(Ids seq_ids, Span<const int64_t> num_new_tokens, int64_t max_blocks) const;
 
   int64_t num_blocks() const { return pool_.size(); }

@@ -8,7 +8,8 @@ namespace paged_ops {
 
 // One step of any kind; n sequences, t new tokens in all.
 struct Batch {
-  std::vector<int32_t> block_table;      // [n, max_blocks]; 0 past a sequence's last block
+  int64_t width = 0;                     // the most blocks that a sequence lists
+  std::vector<int32_t> block_table;      // [n, width]; 0 past a sequence's last block
   std::vector<int32_t> seq_lens;         // [n]
   std::vector<int32_t> query_start_loc;  // [n + 1]
   std::vector<int64_t> slot_mapping;     // [t]

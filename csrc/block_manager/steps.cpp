@@ -59,12 +59,16 @@ Batch BlockManager::batch(Ids seq_ids, Span<const int64_t> num_new_tokens,
   resolve(seq_ids);
   require_batch(num_new_tokens, max_blocks);
   Batch batch;
-  batch.block_table.resize(seq_ids.size * max_blocks);
+  for (const int32_t slot : named_) {
+    const int64_t listed = static_cast<int64_t>(slots_[slot].blocks.size());
+    batch.width = std::max(batch.width, std::min(listed, max_blocks));
+  }
+  batch.block_table.resize(seq_ids.size * batch.width);
   batch.query_start_loc.push_back(0);
   for (int64_t i = 0; i < seq_ids.size; ++i) {
     const Sequence& sequence = slots_[named_[i]];
-    const int64_t listed = std::min(static_cast<int64_t>(sequence.blocks.size()), max_blocks);
-    std::copy_n(sequence.blocks.begin(), listed, batch.block_table.begin() + i * max_blocks);
+    const int64_t listed = std::min(static_cast<int64_t>(sequence.blocks.size()), batch.width);
+    std::copy_n(sequence.blocks.begin(), listed, batch.block_table.begin() + i * batch.width);
     batch.seq_lens.push_back(static_cast<int32_t>(sequence.length));
     for (int64_t position = sequence.length - num_new_tokens[i]; position < sequence.length;
          ++position) {
