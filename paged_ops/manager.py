@@ -114,23 +114,22 @@ class PagedAttentionManager:
         self.max_blocks = self.blocks.blocks_for(self.max_seq_len)
         self.device = torch.device(device)
         shape = (num_blocks, 2, block_size, num_heads, head_size)
-        self.caches = [self._new_cache(shape, dtype) for _ in range(num_layers)]
+        self.caches = [self._zeros(*shape, dtype=dtype) for _ in range(num_layers)]
+        if self.device.type == "cuda":
+            for cache in self.caches:
+                torch._dynamo.mark_static_address(cache)
         self._rows: dict[int, int] = {}  # of each sequence
         self._free_rows = set(range(num_sequences))
-        self._block_table = torch.zeros(
-            num_sequences, self.max_blocks, dtype=torch.int32, device=device
-        )
-        self._seq_lens = torch.zeros(num_sequences, dtype=torch.int32, device=device)
+        self._block_table = self._zeros(num_sequences, self.max_blocks, dtype=torch.int32)
+        self._seq_lens = self._zeros(num_sequences, dtype=torch.int32)
         self._stale = False  # the two tensors above lag behind
         self._step_tensors: StepTensors | None = None
         self._swap_space: SwapSpace | None = None
         self._swapped: dict[int, Swapped] = {}
 
-    def _new_cache(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        cache = torch.zeros(shape, dtype=dtype, device=self.device)
-        if cache.is_cuda:
-            torch._dynamo.mark_static_address(cache)
-        return cache
+    @torch.inference_mode(False)  # what inference mode makes can be written in inference mode alone
+    def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     @property
     def kv_cache(self) -> Tensor:

@@ -26,6 +26,7 @@ class StepViews:
     block_table: Tensor
 
     @classmethod
+    @torch.inference_mode(False)  # what inference mode makes can be written in inference mode alone
     def allocate(
         cls, rows: int, max_blocks: int, device: torch.device, pinned: bool = False
     ) -> StepViews:
