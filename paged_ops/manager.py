@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paged_ops import ops
+from paged_ops import ops, swap
 from paged_ops._block_manager import BlockManager
-from paged_ops.step_tensors import StepTensors
-from paged_ops.swap import Swapped, SwapSpace
+from paged_ops.step_tensors import StepTensors, send
 
 _CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -74,7 +73,15 @@ class PagedAttentionManager:
     Raises:
         ValueError: an argument out of range, an unknown sequence or one that exists, or a sequence
             that would be longer than ``max_seq_len``.
-        OutOfBlocks: too few free blocks. As after every error, nothing has changed.
+        OutOfBlocks: too few free blocks.
+        torch.OutOfMemoryError: ``swap_out`` or ``swap_in`` found no room for a layer's blocks
+            beside the caches, or in host memory.
+
+        After each of these sequences and tensors are as before; of cached prefixes, ``swap_in`` may
+        have evicted some. ``append``, ``reserve`` and ``step`` check all of this, take the blocks,
+        and then enqueue copies: of shared blocks, and of what a step changes. That allocates
+        nothing on the device, and fails only if the device itself has failed or if no host memory
+        can be pinned; the manager must not be used after that.
 
     Example:
         >>> manager = PagedAttentionManager(2, 4, 64, block_size=16, num_blocks=8, device="cpu")
@@ -123,9 +130,9 @@ class PagedAttentionManager:
         self._block_table = self._zeros(num_sequences, self.max_blocks, dtype=torch.int32)
         self._seq_lens = self._zeros(num_sequences, dtype=torch.int32)
         self._stale = False  # the two tensors above lag behind
+        self._block_pairs = self._zeros(num_sequences, 2, dtype=torch.int64)
         self._step_tensors: StepTensors | None = None
-        self._swap_space: SwapSpace | None = None
-        self._swapped: dict[int, Swapped] = {}
+        self._swapped: dict[int, swap.Swapped] = {}
 
     @torch.inference_mode(False)  # what inference mode makes can be written in inference mode alone
     def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -229,25 +236,28 @@ class PagedAttentionManager:
         """Move the keys and values of a sequence to host memory, and give up its blocks.
 
         Until ``swap_in`` the sequence can only be freed. Blocks that it shared are copied too, and
-        are its own afterwards.
+        are its own afterwards. On the device this takes as much memory as the sequence has in one
+        layer. The copies run on the current stream, and the host does not wait for them.
         """
         self._require_here([seq_id])
         length = self.blocks.length(seq_id)
         blocks = self.blocks.blocks(seq_id)[: self.blocks.blocks_for(length)]
-        if self._swap_space is None:
-            self._swap_space = SwapSpace(self.device)
-        self._swapped[seq_id] = self._swap_space.save(self.caches, blocks, length)
+        self._swapped[seq_id] = swap.save(self.caches, blocks, length)
         self.blocks.preempt(seq_id)
         self._stale = True
 
     def swap_in(self, seq_id: int) -> None:
         """Take blocks for a sequence that was swapped out, and bring its keys and values back."""
         swapped = self._swapped.get(seq_id)
-        if swapped is None or self._swap_space is None:
+        if swapped is None:
             raise ValueError(f"seq_id must be of a sequence that was swapped out, got {seq_id}")
         if swapped.seq_len > 0:
             self.blocks.append([seq_id], swapped.seq_len)
-            self._swap_space.load(swapped, self.caches, self.blocks.blocks(seq_id))
+            try:
+                swap.load(swapped, self.caches, self.blocks.blocks(seq_id))
+            except BaseException:
+                self.blocks.preempt(seq_id)  # still swapped out, and to be tried again
+                raise
         del self._swapped[seq_id]
         self._stale = True
 
@@ -351,18 +361,15 @@ class PagedAttentionManager:
         if not memory:
             return torch.empty(shape, dtype=dtype, device=self.device)
         # Resized in place, not viewed: a compiled step would guard on the size of a view's base.
-        tensor = torch.frombuffer(memory, dtype=dtype).resize_(shape)
-        if self.device.type == "cuda":
-            # From pinned memory the copy waits in the stream, and the host does not.
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return send(torch.frombuffer(memory, dtype=dtype).resize_(shape), self.device)
 
     def _refresh(self) -> None:
         """Bring the persistent tensors up to what the block manager says."""
         if not self._stale:
             return
-        ids, rows = list(self._rows), list(self._rows.values())
-        batch = self.batch(ids, 0)
+        here = {seq_id: row for seq_id, row in self._rows.items() if seq_id not in self._swapped}
+        rows = send(torch.tensor(list(here.values()), dtype=torch.int64), self.device)
+        batch = self.batch(here, 0)
         with torch.no_grad():
             self._seq_lens.zero_()
             self._seq_lens[rows] = batch.seq_lens
@@ -374,8 +381,11 @@ class PagedAttentionManager:
         self._stale = True
         if not pairs:
             return
-        block_pairs = torch.tensor(pairs, dtype=torch.int64).to(self.device)
+        # Into memory that is there: now that the sequences have grown nothing may fail any more.
+        block_pairs = self._block_pairs[: len(pairs)]
+        host = torch.tensor(pairs, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         with torch.no_grad():
+            block_pairs.copy_(host, non_blocking=True)
             for cache in self.caches:
                 ops.copy_blocks(cache, block_pairs)
 

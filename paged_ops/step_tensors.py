@@ -15,6 +15,14 @@ from paged_ops._block_manager import BlockManager, StepBuffers
 _ALIGNMENT = 16  # bytes; Inductor compiles another kernel for inputs that have less
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, without waiting for it."""
+    if device.type == "cuda":
+        # From pinned memory the copy waits in the stream, and the host does not.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class StepViews:
     """One piece of memory, uint8, as the tensors of a step; ``rows`` is their first dimension."""
@@ -85,12 +93,12 @@ class StepTensors:
 
     def __init__(self, rows: int, max_blocks: int, device: torch.device) -> None:
         cpu = torch.device("cpu")
-        on_gpu = device.type == "cuda"
+        pinned = device.type == "cuda"
         self.on_device = StepViews.allocate(rows, max_blocks, device)
         self._hosts = (
-            [_HostStep(StepViews.allocate(rows, max_blocks, cpu, pinned=True)) for _ in range(2)]
-            if on_gpu
-            else [_HostStep(self.on_device)]
+            [_HostStep(self.on_device)]
+            if device.type == "cpu"
+            else [_HostStep(StepViews.allocate(rows, max_blocks, cpu, pinned)) for _ in range(2)]
         )
 
     def step(
@@ -104,7 +112,8 @@ class StepTensors:
         if host.views is not self.on_device:
             used = host.views.bytes_of(rows)
             self.on_device.memory[:used].copy_(host.views.memory[:used], non_blocking=True)
-            host.copied = torch.cuda.Event()
-            host.copied.record()
+            if self.on_device.memory.is_cuda:
+                host.copied = torch.cuda.Event()
+                host.copied.record()
             self._hosts.reverse()
         return pairs

@@ -1,4 +1,9 @@
-"""Blocks of sequences that had to make room, kept in host memory until there is room again."""
+"""Blocks of sequences that had to make room, kept in host memory until there is room again.
+
+One layer after the other on the current stream: so of a layer's blocks there is one copy on the
+device at a time, whose memory serves the next layer. On a GPU the host memory is pinned, and the
+host waits for nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from paged_ops.step_tensors import send
 
 
 @dataclass(frozen=True)
@@ -22,45 +29,25 @@ class Swapped:
     blocks: list[Tensor]
 
 
-class SwapSpace:
-    """Copies blocks to host memory and back.
+def save(caches: Sequence[Tensor], blocks: Sequence[int], seq_len: int) -> Swapped:
+    """Copy blocks of each cache to the host; they may be given to others at once."""
+    index = send(torch.tensor(blocks, dtype=torch.int64), caches[0].device)
+    return Swapped(seq_len, [_to_host(_bytes(cache)[index]) for cache in caches])
 
-    On a GPU the host memory is pinned and the copies run on a stream of their own. Blocks are
-    gathered and scattered on the current stream, so that what it does before and after sees them
-    in order, and blocks may be given to others as soon as ``save`` returns.
-    """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+def load(swapped: Swapped, caches: Sequence[Tensor], blocks: Sequence[int]) -> None:
+    """Copy what was saved into blocks of each cache."""
+    device = caches[0].device
+    index = send(torch.tensor(blocks, dtype=torch.int64), device)
+    for cache, saved in zip(caches, swapped.blocks, strict=True):
+        _bytes(cache)[index] = saved.to(device, non_blocking=True)
 
-    def save(self, caches: Sequence[Tensor], blocks: Sequence[int], seq_len: int) -> Swapped:
-        """Copy blocks of each cache to the host."""
-        index = torch.tensor(blocks, dtype=torch.int64).to(caches[0].device)
-        gathered = [_bytes(cache)[index] for cache in caches]
-        if self._stream is None:
-            return Swapped(seq_len, gathered)
-        self._stream.wait_stream(torch.cuda.current_stream(caches[0].device))
-        with torch.cuda.stream(self._stream):
-            copies = [torch.empty_like(each, device="cpu", pin_memory=True) for each in gathered]
-            for copy, each in zip(copies, gathered, strict=True):
-                copy.copy_(each, non_blocking=True)
-                each.record_stream(self._stream)
-        return Swapped(seq_len, copies)
 
-    def load(self, swapped: Swapped, caches: Sequence[Tensor], blocks: Sequence[int]) -> None:
-        """Copy what was saved into blocks of each cache."""
-        device = caches[0].device
-        index = torch.tensor(blocks, dtype=torch.int64).to(device)
-        arrived = swapped.blocks
-        if self._stream is not None:
-            current = torch.cuda.current_stream(device)
-            with torch.cuda.stream(self._stream):
-                arrived = [each.to(device, non_blocking=True) for each in swapped.blocks]
-            current.wait_stream(self._stream)
-            for each in arrived:
-                each.record_stream(current)
-        for cache, each in zip(caches, arrived, strict=True):
-            _bytes(cache)[index] = each
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cuda":
+        return tensor
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _bytes(cache: Tensor) -> Tensor:

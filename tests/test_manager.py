@@ -169,6 +169,57 @@ def test_empty_batch():
     assert batch.slot_mapping.shape == (0,)
 
 
+def exercise_copies(manager: PagedAttentionManager) -> None:
+    """Every way of sending something to the device, or of fetching it."""
+    manager.add_sequence(0, 6)
+    manager.fork(0, 1)
+    manager.append([0, 1])
+    manager.fork(0, 2)
+    manager.step([2])
+    manager.batch([0, 1], [2, 3])
+    assert manager.seq_lens.shape == (4,)
+    manager.swap_out(1)
+    assert manager.block_table.shape == (4, 10)
+    manager.swap_in(1)
+
+
+def test_no_copy_is_waited_for():
+    """The meta device takes copies as a GPU does: from other memory."""
+    manager = make_manager("meta")
+    with Copies() as copies:
+        exercise_copies(manager)
+    assert len(copies.sizes) > 10
+    assert copies.blocking == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nothing_waits_for_the_gpu():
+    manager = make_manager("cuda")
+    exercise_copies(manager)
+    for seq_id in range(3):
+        manager.free_sequence(seq_id)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        exercise_copies(manager)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_swapping_takes_the_memory_of_one_layer():
+    manager = make_manager("cuda", num_blocks=4096, num_layers=8, head_size=64)
+    manager.add_sequence(0, 4096 * 4)
+    one = manager.caches[0].nbytes
+    for call in (manager.swap_out, manager.swap_in):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(0)
+        assert one <= torch.cuda.max_memory_allocated() - before < 2 * one
+
+
 def test_fork_copies_on_write_in_every_layer(device):
     manager = make_manager(device)
     manager.add_sequence(0, 6)
@@ -387,6 +438,26 @@ def test_swapped_sequence_comes_back(dtype, device):
         assert torch.equal(cache[back].float().cpu(), wanted)
 
 
+def test_a_failure_to_swap_in_changes_nothing(monkeypatch):
+    manager = make_manager()
+    manager.add_sequence(0, 9)
+    manager.swap_out(0)
+    before = state(manager)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(swap, "load", fail)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                manager.swap_in(0)
+            assert state(manager) == before
+            assert manager.num_free_blocks == 10
+    manager.swap_in(0)
+    assert manager.seq_lens.tolist() == [9, 0, 0, 0]
+
+
 def test_swapped_sequence_waits(device):
     """Nothing but swapping it in, when there is room, and freeing it is possible."""
     manager = make_manager(device)
@@ -430,6 +501,34 @@ def test_watermark_is_kept_back():
     manager.add_sequence(0, 4)
     assert manager.can_allocate(24)
     assert not manager.can_allocate(25)
+
+
+@pytest.mark.parametrize("made_in", [True, False], ids=["made inside", "made outside"])
+def test_inference_mode_comes_and_goes(made_in, device):
+    """Whatever was made there is written outside of it, and the other way round."""
+    with torch.inference_mode(made_in):
+        manager = make_manager(device)
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            exercise_copies(manager)
+            manager.swap_out(0)
+        with torch.inference_mode(not inside):
+            manager.swap_in(0)
+            key = torch.randn(3, 2, 8, device=device)
+            ops.write_kv(key, key, manager.caches[0], manager.step(range(3)).slot_mapping)
+            assert manager.seq_lens.tolist()[:3] == [8, 8, 9]
+            for seq_id in range(3):
+                manager.free_sequence(seq_id)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first inside", "first outside"])
+def test_steps_in_and_out_of_inference_mode(first):
+    """The first makes the tensors; the meta device takes copies as a GPU does."""
+    manager = make_manager("meta")
+    manager.add_sequence(0, 1)
+    for inside in (first, not first):
+        with torch.inference_mode(inside):
+            manager.step([0])
 
 
 def test_compiled_step_reads_the_same_tensors():
