@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -13,7 +15,40 @@ from paged_ops import ops, swap
 from paged_ops._block_manager import BlockManager
 from paged_ops.step_tensors import StepTensors, send
 
+if TYPE_CHECKING:
+    from paged_ops._block_manager import Integers
+
+_LONGEST = 2**31 - 1  # lengths are int32
 _CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+
+
+def _integer(name: str, value: SupportsIndex) -> int:
+    """An integer of Python, numpy or torch as Python's own."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be int, got {value!r}") from None
+    if number.bit_length() > 63:
+        raise ValueError(f"{name} must have at most 63 bits, got {number}")
+    return number
+
+
+def _integers(name: str, values: int | Iterable[int]) -> int | list[int]:
+    """An integer, or several."""
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if not isinstance(values, Iterable):
+        return _integer(name, values)
+    numbers = list(values)
+    if set(map(type, numbers)) != {int}:  # which takes less time than to look at each
+        numbers = [_integer(name, number) for number in numbers]
+    return numbers
+
+
+def _list(name: str, values: int | Iterable[int]) -> list[int]:
+    """Several integers, or the only one."""
+    numbers = _integers(name, values)
+    return [numbers] if isinstance(numbers, int) else numbers
 
 
 @dataclass(frozen=True)
@@ -43,8 +78,14 @@ class PagedAttentionManager:
     """Owns the caches of all layers, and knows where each sequence's tokens lie in them.
 
     A sequence is known by an id of the caller's choice. What changes no tensor is asked of
-    ``blocks`` itself: ``blocks.lookup``, ``publish``, ``pin`` and ``unpin`` of prefixes, ``state``
-    and ``check``. The manager belongs to one thread at a time; its ``blocks`` may be shared.
+    ``blocks`` itself: ``publish``, ``lookup``, ``pin``, ``unpin`` and ``reset_prefix_cache`` for
+    prefixes, ``length``, ``blocks``, ``state``, ``check`` and its properties. What changes
+    sequences must not be called there, but here: ``allocate``, ``append``, ``reserve``,
+    ``truncate``, ``fork``, ``preempt``, ``free``, ``share`` and ``step``. The manager belongs to
+    one thread at a time; its ``blocks`` may be shared.
+
+    Ids and numbers of tokens may be integers of numpy too, and where several are taken any
+    iterable of them, or a tensor; for one on a GPU the host waits.
 
     Args:
         num_sequences: how many sequences there can be at a time, the rows of ``block_table``.
@@ -71,6 +112,7 @@ class PagedAttentionManager:
         max_blocks: the columns of ``block_table``.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: an argument out of range, an unknown sequence or one that exists, or a sequence
             that would be longer than ``max_seq_len``.
         OutOfBlocks: too few free blocks.
@@ -107,16 +149,25 @@ class PagedAttentionManager:
         max_seq_len: int | None = None,
         watermark: int = 0,
     ) -> None:
-        sizes = {"num_sequences": num_sequences, "num_heads": num_heads, "num_layers": num_layers}
+        sizes = {
+            "num_sequences": num_sequences,
+            "num_heads": num_heads,
+            "block_size": block_size,
+            "num_blocks": num_blocks,
+            "num_layers": num_layers,
+        }
         for name, size in sizes.items():
-            if size < 1:
+            if _integer(name, size) < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if not 1 <= head_size <= 256:
+        if not 1 <= _integer("head_size", head_size) <= 256:
             raise ValueError(f"head_size must be from 1 to 256, got {head_size}")
         if dtype not in _CACHE_DTYPES:
             raise ValueError(f"dtype must be one of {_CACHE_DTYPES}, got {dtype}")
         self.num_sequences = num_sequences
-        self.max_seq_len = num_blocks * block_size if max_seq_len is None else max_seq_len
+        if max_seq_len is None:
+            max_seq_len = min(num_blocks * block_size, _LONGEST)
+        self.max_seq_len = _integer("max_seq_len", max_seq_len)
+        watermark = _integer("watermark", watermark)
         self.blocks = BlockManager(num_blocks, block_size, watermark, self.max_seq_len)
         self.max_blocks = self.blocks.blocks_for(self.max_seq_len)
         self.device = torch.device(device)
@@ -149,7 +200,11 @@ class PagedAttentionManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that no sequence holds and no pin; some may still hold a cached prefix."""
+        """Blocks that no sequence holds and no pin: all that can be taken.
+
+        ``blocks.num_free_blocks`` leaves out those with a cached prefix, which are taken, the least
+        recently used first, when no other is free.
+        """
         return self.blocks.num_free_blocks + self.blocks.num_evictable_blocks
 
     @property
@@ -179,47 +234,51 @@ class PagedAttentionManager:
         return self._seq_lens
 
     def can_allocate(self, num_tokens: int) -> bool:
-        """Whether there are blocks for a new sequence of ``num_tokens`` tokens."""
-        return self.blocks.can_allocate(num_tokens)
+        """Whether there are blocks for a new sequence of ``num_tokens`` tokens.
+
+        Or for one that was preempted or swapped out, which has kept its row. A new one needs a row
+        as well: ``len(manager.rows) < manager.num_sequences``.
+        """
+        return self.blocks.can_allocate(_integer("num_tokens", num_tokens))
 
     def add_sequence(self, seq_id: int, seq_len: int) -> None:
         """Add a sequence and reserve blocks for ``seq_len`` tokens, which may be 0.
 
         The caller writes their keys and values.
         """
+        seq_id, seq_len = _integer("seq_id", seq_id), _integer("seq_len", seq_len)
         self._require_row()
         self.blocks.allocate(seq_id, seq_len)
         self._give_row(seq_id)
 
-    def append(self, seq_ids: int | Sequence[int], num_tokens: int | Sequence[int] = 1) -> None:
+    def append(self, seq_ids: int | Iterable[int], num_tokens: int | Iterable[int] = 1) -> None:
         """Grow one sequence, or each of several, by ``num_tokens`` tokens or by its own number.
 
         Blocks that are shared and about to be written are copied, in every layer.
         """
-        ids = [seq_ids] if isinstance(seq_ids, int) else list(seq_ids)
-        self._require_here(ids)
-        self._copy(self.blocks.append(ids, num_tokens))
+        ids = self._here(seq_ids)
+        self._copy(self.blocks.append(ids, _integers("num_tokens", num_tokens)))
 
-    def reserve(self, seq_ids: int | Sequence[int], num_tokens: int) -> None:
+    def reserve(self, seq_ids: int | Iterable[int], num_tokens: int) -> None:
         """Hold the blocks of the next ``num_tokens`` tokens of each sequence; lengths stay.
 
         ``batch`` and ``block_table`` list them, so that a loop on the device may write so many
         tokens before the host appends them.
         """
-        ids = [seq_ids] if isinstance(seq_ids, int) else list(seq_ids)
-        self._require_here(ids)
-        self._copy(self.blocks.reserve(ids, num_tokens))
+        ids = self._here(seq_ids)
+        self._copy(self.blocks.reserve(ids, _integer("num_tokens", num_tokens)))
 
     def truncate(self, seq_id: int, num_tokens: int) -> None:
         """Keep the first ``num_tokens`` tokens and give up the blocks behind them."""
-        self._require_here([seq_id])
-        self.blocks.truncate(seq_id, num_tokens)
+        (seq_id,) = self._here(_integer("seq_id", seq_id))
+        self.blocks.truncate(seq_id, _integer("num_tokens", num_tokens))
         self._stale = True
 
-    def share(self, seq_id: int, tokens: Sequence[int], salt: int = 0) -> int:
+    def share(self, seq_id: int, tokens: Integers | Tensor, salt: int = 0) -> int:
         """Begin an empty sequence with the cached blocks of its tokens; see ``blocks.share``."""
-        self._require_here([seq_id])
-        length = self.blocks.share(seq_id, tokens, salt)
+        (seq_id,) = self._here(_integer("seq_id", seq_id))
+        tokens = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        length = self.blocks.share(seq_id, tokens, _integer("salt", salt))
         self._stale = True
         return length
 
@@ -228,9 +287,10 @@ class PagedAttentionManager:
 
         Its keys and values have to be computed again, from where ``share`` ends.
         """
-        self._require_here([seq_id])
+        (seq_id,) = self._here(_integer("seq_id", seq_id))
+        length = self.blocks.preempt(seq_id)
         self._stale = True
-        return self.blocks.preempt(seq_id)
+        return length
 
     def swap_out(self, seq_id: int) -> None:
         """Move the keys and values of a sequence to host memory, and give up its blocks.
@@ -239,7 +299,7 @@ class PagedAttentionManager:
         are its own afterwards. On the device this takes as much memory as the sequence has in one
         layer. The copies run on the current stream, and the host does not wait for them.
         """
-        self._require_here([seq_id])
+        (seq_id,) = self._here(_integer("seq_id", seq_id))
         length = self.blocks.length(seq_id)
         blocks = self.blocks.blocks(seq_id)[: self.blocks.blocks_for(length)]
         self._swapped[seq_id] = swap.save(self.caches, blocks, length)
@@ -248,6 +308,7 @@ class PagedAttentionManager:
 
     def swap_in(self, seq_id: int) -> None:
         """Take blocks for a sequence that was swapped out, and bring its keys and values back."""
+        seq_id = _integer("seq_id", seq_id)
         swapped = self._swapped.get(seq_id)
         if swapped is None:
             raise ValueError(f"seq_id must be of a sequence that was swapped out, got {seq_id}")
@@ -263,19 +324,24 @@ class PagedAttentionManager:
 
     def fork(self, parent_id: int, child_id: int) -> None:
         """Add a sequence with the tokens of another; their blocks are shared until written."""
+        (parent_id,) = self._here(_integer("parent_id", parent_id))
+        child_id = _integer("child_id", child_id)
         self._require_row()
-        self._require_here([parent_id])
         self.blocks.fork(parent_id, child_id)
         self._give_row(child_id)
 
-    def free_sequence(self, seq_id: int) -> None:
-        """End a sequence and give up its blocks and its row."""
-        self.blocks.free(seq_id)
-        self._free_rows.add(self._rows.pop(seq_id))
-        self._swapped.pop(seq_id, None)
+    def free_sequence(self, seq_ids: int | Iterable[int]) -> None:
+        """End one sequence, or several, and give up their blocks and rows."""
+        ids = _list("seq_ids", seq_ids)
+        if len(self._rows.keys() & ids) < len(ids):
+            raise ValueError(f"seq_ids must be of sequences that were added, each once, got {ids}")
+        for seq_id in ids:
+            self.blocks.free(seq_id)
+            self._free_rows.add(self._rows.pop(seq_id))
+            self._swapped.pop(seq_id, None)
         self._stale = True
 
-    def step(self, seq_ids: Sequence[int], *, pad_to: int = 0) -> Batch:
+    def step(self, seq_ids: int | Iterable[int], *, pad_to: int = 0) -> Batch:
         """Append one token to each sequence and describe the decode step that writes it.
 
         Only what has changed is written, on the host, and sent in one asynchronous copy.
@@ -287,15 +353,15 @@ class PagedAttentionManager:
         Returns:
             Tensors whose memory the next ``step`` writes again, always in the same place.
         """
-        self._require_here(seq_ids)
-        rows = max(len(seq_ids), pad_to)
+        ids = self._here(seq_ids)
+        rows = max(len(ids), _integer("pad_to", pad_to))
         if rows > self.num_sequences:
             raise ValueError(
                 f"pad_to must be at most num_sequences={self.num_sequences}, got {rows}"
             )
         if self._step_tensors is None:
             self._step_tensors = StepTensors(self.num_sequences, self.max_blocks, self.device)
-        self._copy(self._step_tensors.step(self.blocks, seq_ids, rows))
+        self._copy(self._step_tensors.step(self.blocks, ids, rows))
         views = self._step_tensors.on_device
         return Batch(
             block_table=views.block_table[:rows],
@@ -306,16 +372,15 @@ class PagedAttentionManager:
         )
 
     def slot_mapping(
-        self, seq_ids: int | Sequence[int], num_new_tokens: int | Sequence[int] = 1
+        self, seq_ids: int | Iterable[int], num_new_tokens: int | Iterable[int] = 1
     ) -> Tensor:
         """Slots of the last tokens of each sequence, end to end, int64 ``[t]``."""
-        ids = [seq_ids] if isinstance(seq_ids, int) else seq_ids
-        return self.batch(ids, num_new_tokens).slot_mapping
+        return self.batch(seq_ids, num_new_tokens).slot_mapping
 
     def batch(
         self,
-        seq_ids: Sequence[int],
-        num_new_tokens: int | Sequence[int] = 1,
+        seq_ids: int | Iterable[int],
+        num_new_tokens: int | Iterable[int] = 1,
         *,
         pad_to: int = 0,
     ) -> Batch:
@@ -334,11 +399,12 @@ class PagedAttentionManager:
             ``None``; several numbers never do, so that a loop meets one kind of batch. Of the
             block table no more is sent than the longest of the sequences has blocks.
         """
-        ids = list(seq_ids)
-        decode = isinstance(num_new_tokens, int) and num_new_tokens == 1
-        counts = [num_new_tokens] * len(ids) if isinstance(num_new_tokens, int) else num_new_tokens
+        ids = self._here(seq_ids)
+        numbers = _integers("num_new_tokens", num_new_tokens)
+        decode = numbers == 1
+        counts = [numbers] * len(ids) if isinstance(numbers, int) else numbers
         table, lens, starts, slots, positions = self.blocks.batch(ids, counts, self.max_blocks)
-        padding = max(pad_to - len(ids), 0)
+        padding = max(_integer("pad_to", pad_to) - len(ids), 0)
         num_seqs, num_tokens = len(ids) + padding, sum(counts) + padding
         block_table = torch.empty(num_seqs, self.max_blocks, dtype=torch.int32, device=self.device)
         if table:
@@ -389,10 +455,13 @@ class PagedAttentionManager:
             for cache in self.caches:
                 ops.copy_blocks(cache, block_pairs)
 
-    def _require_here(self, seq_ids: Sequence[int]) -> None:
-        if self._swapped and not self._swapped.keys().isdisjoint(seq_ids):
-            away = next(seq_id for seq_id in seq_ids if seq_id in self._swapped)
+    def _here(self, seq_ids: int | Iterable[int]) -> list[int]:
+        """The ids as a list, none of them of a sequence that is swapped out."""
+        ids = _list("seq_ids", seq_ids)
+        if self._swapped and not self._swapped.keys().isdisjoint(ids):
+            away = next(seq_id for seq_id in ids if seq_id in self._swapped)
             raise ValueError(f"seq_id must be of a sequence that is not swapped out, got {away}")
+        return ids
 
     def _require_row(self) -> None:
         if not self._free_rows:

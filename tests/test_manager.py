@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 import torch
 from conftest import assert_accurate
@@ -135,6 +138,29 @@ def test_decode_batch_needs_no_query_start_loc():
     assert manager.batch([0], [1]).query_start_loc.tolist() == [0, 1]
     assert manager.slot_mapping(0).tolist() == [2]
     assert manager.slot_mapping([0], 3).tolist() == [0, 1, 2]
+
+
+def test_ids_and_numbers_of_any_kind():
+    manager = make_manager()
+    for seq_id in np.arange(3):
+        manager.add_sequence(seq_id, np.int32(2))
+    assert all(type(seq_id) is int for seq_id in manager.rows)
+    manager.append(np.int64(1))
+    manager.append((seq_id for seq_id in range(3)), np.array([1, 2, 3]))
+    manager.append({0: "a", 2: "b"}, torch.tensor([1, 1]))
+    assert manager.seq_lens.tolist() == [4, 5, 6, 0]
+    manager.reserve(torch.tensor([0, 1]), np.int64(2))
+    assert manager.step(iter([2, 0])).seq_lens.tolist() == [7, 5]
+    assert manager.step(1).seq_lens.tolist() == [6]
+    assert manager.batch(np.array([0]), np.int64(1)).query_start_loc is None
+    assert manager.batch(0, (2,)).query_start_loc.tolist() == [0, 2]
+    assert manager.slot_mapping(torch.tensor(1), torch.tensor(3)).shape == (3,)
+    manager.truncate(np.int64(2), torch.tensor(0))
+    assert manager.share(torch.tensor(2), torch.arange(4)) == 0
+    manager.fork(np.int64(0), np.int64(7))
+    manager.free_sequence(seq_id for seq_id in (0, 7))
+    manager.free_sequence(np.int64(1))
+    assert manager.rows == {2: 2}
 
 
 def test_padded_batch():
@@ -275,12 +301,41 @@ def test_decoding_a_fork_leaves_its_parent_alone(device):
         (lambda m: m.append(5), ValueError, "seq_id must be of a sequence that was added, got 5"),
         (lambda m: m.append([0, 0]), ValueError, "name each sequence once"),
         (lambda m: m.append(0, 0), ValueError, "num_tokens must be at least 1, got 0"),
-        (lambda m: m.free_sequence(5), ValueError, "got 5"),
+        (lambda m: m.free_sequence(5), ValueError, r"got \[5\]"),
         (lambda m: m.fork(5, 6), ValueError, "got 5"),
         (lambda m: m.fork(0, 0), ValueError, "seq_id must be new"),
         (lambda m: m.batch([5]), ValueError, "got 5"),
         (lambda m: m.batch([0], 6), ValueError, "from 0 to the length 5"),
         (lambda m: m.batch([0], [1, 1]), ValueError, "one entry for each of the 1 sequences"),
+        (
+            lambda m: m.free_sequence([0, 5]),
+            ValueError,
+            r"that were added, each once, got \[0, 5\]",
+        ),
+        (
+            lambda m: m.free_sequence([0, 0]),
+            ValueError,
+            r"that were added, each once, got \[0, 0\]",
+        ),
+        (lambda m: m.append("0"), TypeError, "seq_ids must be int, got '0'"),
+        (lambda m: m.append(None), TypeError, "seq_ids must be int, got None"),
+        (lambda m: m.append([0, 1.5]), TypeError, r"seq_ids must be int, got 1\.5"),
+        (lambda m: m.append(0, 1.5), TypeError, r"num_tokens must be int, got 1\.5"),
+        (lambda m: m.append(0, [[1]]), TypeError, r"num_tokens must be int, got \[1\]"),
+        (lambda m: m.append(2**63), ValueError, f"seq_ids must have at most 63 bits, got {2**63}"),
+        (lambda m: m.reserve(0, [1]), TypeError, r"num_tokens must be int, got \[1\]"),
+        (lambda m: m.truncate([0], 1), TypeError, r"seq_id must be int, got \[0\]"),
+        (lambda m: m.preempt(None), TypeError, "seq_id must be int, got None"),
+        (lambda m: m.swap_out("a"), TypeError, "seq_id must be int, got 'a'"),
+        (lambda m: m.swap_in("a"), TypeError, "seq_id must be int, got 'a'"),
+        (lambda m: m.fork(0, 1.0), TypeError, r"child_id must be int, got 1\.0"),
+        (lambda m: m.add_sequence(1, "a"), TypeError, "seq_len must be int, got 'a'"),
+        (lambda m: m.share(0, [1], salt="a"), TypeError, "salt must be int, got 'a'"),
+        (lambda m: m.share(0, 7), TypeError, "tokens must be a sequence of int .* got 7"),
+        (lambda m: m.step([0], pad_to="a"), TypeError, "pad_to must be int, got 'a'"),
+        (lambda m: m.batch(torch.tensor([0.0])), TypeError, r"seq_ids must be int, got 0\.0"),
+        (lambda m: m.batch([0], "1"), TypeError, "num_new_tokens must be int, got '1'"),
+        (lambda m: m.can_allocate(1.5), TypeError, r"num_tokens must be int, got 1\.5"),
     ],
 )
 def test_an_error_changes_nothing(call, error, message, device):
@@ -291,6 +346,14 @@ def test_an_error_changes_nothing(call, error, message, device):
         call(manager)
     assert state(manager) == before
     manager.blocks.check()
+
+
+def test_a_sequence_of_blocks_alone_is_not_freed_here():
+    manager = make_manager()
+    manager.blocks.allocate(3, 5)
+    with pytest.raises(ValueError, match=r"that were added, each once, got \[3\]"):
+        manager.free_sequence(3)
+    assert 3 in manager.blocks
 
 
 def test_no_row_is_left():
@@ -315,11 +378,21 @@ def test_no_row_is_left():
         ("num_layers", 0),
         ("max_seq_len", 0),
         ("dtype", torch.float64),
+        ("block_size", 4.0),
+        ("num_blocks", "10"),
+        ("max_seq_len", 1e3),
+        ("watermark", 0.5),
     ],
 )
 def test_constructor_refuses(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+    error = ValueError if isinstance(value, int | torch.dtype) else TypeError
+    with pytest.raises(error, match=f"{name} must be .*, got {re.escape(repr(value))}"):
         make_manager(**{name: value})
+
+
+def test_the_default_length_is_what_a_tensor_of_lengths_can_hold():
+    manager = make_manager("meta", num_blocks=4096, block_size=2**20, num_layers=1)
+    assert manager.max_seq_len == 2**31 - 1
 
 
 def test_can_allocate():
@@ -486,6 +559,15 @@ def test_swapped_sequence_waits(device):
     manager.add_sequence(0, 8)
     with pytest.raises(ValueError, match="got 0"):
         manager.swap_in(0)
+
+
+def test_a_swapped_sequence_is_in_no_batch():
+    manager = make_manager()
+    manager.add_sequence(0, 9)
+    manager.swap_out(0)
+    for call in (manager.batch, manager.slot_mapping):
+        with pytest.raises(ValueError, match="a sequence that is not swapped out, got 0"):
+            call([0], 0)
 
 
 def test_empty_sequence_is_swapped():
