@@ -17,7 +17,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["operators", "loop"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["operators", "loop", "prefixes"])
 def test_readme_example(example, tmp_path):
     path = tmp_path / "example.py"  # in a file: torch.compile reads the source
     path.write_text(example, encoding="utf-8")
