@@ -7,6 +7,7 @@
 #include "../params.h"
 #include "element.cuh"
 #include "fragments.cuh"
+#include "ptx.cuh"
 #include "row_scores.cuh"
 #include "row_softmax.cuh"
 #include "softmax.cuh"
@@ -40,7 +41,7 @@ struct RowOutput {
     const bool sees_some = visible.begin < visible.end;
     float factor = 1.0f;
     if (sees_some && params.sinks != nullptr) {
-      state.add_sink(params.sinks[place.head] * kLog2E);
+      state.add_sink(load_fresh(params.sinks + place.head) * kLog2E);
       factor = exp2f(maximum - state.maximum);  // the sums are still measured from the old maximum
     }
     factor *= state.normalizer() * scale_of(params.v_scale, block.kv_head);
