@@ -5,6 +5,7 @@
 #include "pieces.cuh"
 #include "portable.cuh"
 #include "prefill.h"
+#include "warp.cuh"
 #include "words.h"
 
 namespace paged_ops::cuda {
@@ -23,9 +24,10 @@ int widest_cache_word(const CacheHalf<const void*>& half, int head_size, int ele
                      {half.stride_block, half.stride_slot, half.stride_head, head_size});
 }
 
-// The matrix units take 16-bit numbers, and rows that are loaded 16 bytes at a time.
+// The matrix units take 16-bit numbers, and rows that are loaded 16 bytes at a time. Their kernels
+// divide a sequence's rows into tokens by `quotient`.
 bool fits_matrix_units(const AttentionParams& params) {
-  if (params.query_dtype == DType::kFloat32) return false;
+  if (params.query_dtype == DType::kFloat32 || params.num_tokens >= kMostQuotient) return false;
   const int cache_bytes = bytes_of(params.cache_dtype);
   const int out_bytes = bytes_of(params.out_dtype);
   return widest_cache_word(params.key_cache, params.head_size, cache_bytes) == 16 &&
