@@ -42,7 +42,7 @@ struct RowOutput {
     float factor = 1.0f;
     if (sees_some && params.sinks != nullptr) {
       state.add_sink(load_fresh(params.sinks + place.head) * kLog2E);
-      factor = exp2f(maximum - state.maximum);  // the sums are still measured from the old maximum
+      factor = exp2f(maximum - base_of(state.maximum));  // the sums are as before the sink
     }
     factor *= state.normalizer() * scale_of(params.v_scale, block.kv_head);
     return {place.token * params.out_stride_token + place.head * params.out_stride_head,
