@@ -5,6 +5,7 @@
 #include "pieces.cuh"
 #include "portable.cuh"
 #include "prefill.h"
+#include "warp.cuh"
 #include "words.h"
 
 namespace paged_ops::cuda {
@@ -23,9 +24,10 @@ int widest_cache_word(const CacheHalf<const void*>& half, int head_size, int ele
                      {half.stride_block, half.stride_slot, half.stride_head, head_size});
 }
 
-// The matrix units take 16-bit numbers, and rows that are loaded 16 bytes at a time.
+// The matrix units take 16-bit numbers, and rows that are loaded 16 bytes at a time. Their kernels
+// divide a sequence's rows into tokens by `quotient`.
 bool fits_matrix_units(const AttentionParams& params) {
-  if (params.query_dtype == DType::kFloat32) return false;
+  if (params.query_dtype == DType::kFloat32 || params.num_tokens >= kMostQuotient) return false;
   const int cache_bytes = bytes_of(params.cache_dtype);
   const int out_bytes = bytes_of(params.out_dtype);
   return widest_cache_word(params.key_cache, params.head_size, cache_bytes) == 16 &&
@@ -72,7 +74,7 @@ AttentionPlan plan_attention(const AttentionParams& params, const DeviceLimits& 
   plan.cells = num_cells(plan.decode);
   plan.scratch_bytes =
       static_cast<size_t>(plan.cells * floats_of_cell(plan.decode)) * sizeof(float);
-  plan.num_counters = static_cast<size_t>(2 * plan.cells) + 1;  // the last one is prefill's
+  plan.num_counters = static_cast<size_t>(2 * plan.cells) + 1;
   return plan;
 }
 
@@ -82,7 +84,10 @@ void run_attention(const AttentionParams& params, const AttentionPlan& plan, con
   if (!plan.on_matrix_units) {
     return run_portable(params, {plan.splits, memory, scratch.counters}, stream);
   }
-  const PieceStore store{memory, scratch.counters, plan.cells};
+  // Prefill's is the first in every call: of two calls that threads make on one stream, the first
+  // one's prefill may run beside the second one's decode, whatever has how many cells.
+  unsigned* const num_drawn = scratch.counters;
+  const PieceStore store{memory, scratch.counters + 1, plan.cells};
   DecodePlan decode = plan.decode;
   decode.prefill_follows =
       params.query_start_loc != nullptr && params.num_tokens > decode.max_query_len;
@@ -91,8 +96,7 @@ void run_attention(const AttentionParams& params, const AttentionPlan& plan, con
     if (decode.prefill_follows) decode.beside = prefill_beside<Cache>(params, decode, plan.limits);
     run_decode<Cache>(params, decode, store, stream);
     if (!decode.prefill_follows) return;
-    run_prefill<Cache>(params, decode.max_query_len + 1, plan.limits,
-                       scratch.counters + 2 * plan.cells, stream);
+    run_prefill<Cache>(params, decode.max_query_len + 1, plan.limits, num_drawn, stream);
   });
 }
 

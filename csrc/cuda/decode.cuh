@@ -272,10 +272,10 @@ __global__ void __launch_bounds__(
   // warps fetches while the other computes. With two stages nothing would be on its way then.
   const bool fetches_first = warp < kWarps / 2 || plan.stages == 2;
   // Tile `next` is fetched into the stage of the tile before `index`.
-  int stage = plan.stages - 1, next_stage = plan.stages - 2;
+  int stage = plan.stages - 1;
 #pragma unroll 1
   for (int next = -1, index = -plan.stages;; ++index, ++next) {
-    next_stage = stage;
+    const int next_stage = stage;
     stage = stage + 1 == plan.stages ? 0 : stage + 1;
     tiles.place(next);
     if (index >= tiles.num_tiles()) break;

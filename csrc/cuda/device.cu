@@ -94,8 +94,9 @@ class DeviceMemory {
 
   unsigned* take(size_t count) {
     if (left_ < count) {
-      left_ = std::max(count, kArenaCounters);
-      arena_ = new_zeros(left_);
+      const size_t size = std::max(count, kArenaCounters);
+      arena_ = new_zeros(size);  // or raises, and then nothing has changed
+      left_ = size;
     }
     unsigned* const memory = arena_;
     arena_ += count;
@@ -116,10 +117,14 @@ bool is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// Memory is moved twice in a cycle.
+// 0 where the driver does not say. Memory is moved twice in a cycle.
 float bandwidth_of(int device) {
-  const double cycles = 1e3 * attribute(cudaDevAttrMemoryClockRate, device);  // a second
-  return static_cast<float>(2 * cycles * attribute(cudaDevAttrGlobalMemoryBusWidth, device) / 8);
+  int kilohertz = 0, bits = 0;
+  const bool known =
+      cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) == cudaSuccess;
+  if (!known) cudaGetLastError();
+  return known ? 2e3f * static_cast<float>(kilohertz) * static_cast<float>(bits) / 8 : 0.0f;
 }
 
 }  // namespace

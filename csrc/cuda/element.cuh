@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "ptx.cuh"
 
 namespace paged_ops::cuda {
 
@@ -77,7 +78,7 @@ __device__ void with_matrix_type(DType dtype, Run&& run) {
 
 // The scale of one KV head.
 __device__ inline float scale_of(const Scale& scale, int kv_head) {
-  return scale.data == nullptr ? 1.0f : scale.data[kv_head * scale.stride];
+  return scale.data == nullptr ? 1.0f : load_fresh(scale.data + kv_head * scale.stride);
 }
 
 }  // namespace paged_ops::cuda

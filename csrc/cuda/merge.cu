@@ -17,7 +17,7 @@ constexpr int kWarps = 4;
 __device__ float log_add_exp(float a, float b) {
   const float larger = a > b ? a : b;
   const float smaller = a > b ? b : a;
-  return larger == -INFINITY ? larger : larger + log1pf(expf(smaller - larger));
+  return larger == -INFINITY ? a + b : larger + log1pf(expf(smaller - larger));
 }
 
 // A side that has seen no key may hold anything in `out`: it is left out, not multiplied by 0.

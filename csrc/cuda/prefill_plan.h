@@ -77,7 +77,8 @@ struct TileRange {
 // CTAs have waited for all that was before, and which writes other rows: no CTA has to wait for it,
 // as long as what may have been written shortly before is read past the first-level cache, which a
 // query in small pieces is not. But what comes after this kernel waits for this one alone, so its
-// last CTA does, which has no block of its own.
+// last CTA does: where each CTA has one block, it has none, and where CTAs draw blocks, the others
+// draw them meanwhile.
 __device__ inline void wait_where_needed(const PrefillPlan& plan) {
   if (!plan.wide_query || blockIdx.x + 1 == gridDim.x) wait_for_previous_kernel();
 }

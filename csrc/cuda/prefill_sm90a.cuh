@@ -196,6 +196,7 @@ __device__ void consume(const AttentionParams& params, const PrefillPlan& plan,
     memory.queries.wait_until_full(index);
     show_to_matrix_units();
     rows.run();
+    __syncwarp();  // without a tile, nothing has brought its lanes together since they waited
     memory.queries.release(index, lane);
     rows.add_last_values();
     write_rows<typename Shape::Cache>(params, plan.wide_out, block, first_row, rows.softmax, lane);

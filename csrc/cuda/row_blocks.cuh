@@ -1,4 +1,4 @@
-// How the query rows of a batch are cut into blocks, one for each CTA, and how a CTA finds its own.
+// How the query rows of a batch are cut into blocks, and how a CTA finds one.
 //
 // The blocks of all sequences stand in a row in which each sequence has enough places, so that its
 // first place follows from where its query starts alone: a search finds the sequence of a place,

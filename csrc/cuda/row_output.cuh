@@ -7,6 +7,7 @@
 #include "../params.h"
 #include "element.cuh"
 #include "fragments.cuh"
+#include "ptx.cuh"
 #include "row_scores.cuh"
 #include "row_softmax.cuh"
 #include "softmax.cuh"
@@ -40,8 +41,8 @@ struct RowOutput {
     const bool sees_some = visible.begin < visible.end;
     float factor = 1.0f;
     if (sees_some && params.sinks != nullptr) {
-      state.add_sink(params.sinks[place.head] * kLog2E);
-      factor = exp2f(maximum - state.maximum);  // the sums are still measured from the old maximum
+      state.add_sink(load_fresh(params.sinks + place.head) * kLog2E);
+      factor = exp2f(maximum - base_of(state.maximum));  // the sums are as before the sink
     }
     factor *= state.normalizer() * scale_of(params.v_scale, block.kv_head);
     return {place.token * params.out_stride_token + place.head * params.out_stride_head,

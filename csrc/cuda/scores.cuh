@@ -6,6 +6,7 @@
 
 #include "../params.h"
 #include "element.cuh"
+#include "ptx.cuh"
 #include "softmax.cuh"
 
 namespace paged_ops::cuda {
@@ -33,7 +34,7 @@ struct Scores {
 
   __device__ static Scores of_head(const AttentionParams& params, int head, int kv_head) {
     return {params.scale * scale_of(params.k_scale, kv_head), params.softcap,
-            params.alibi_slopes == nullptr ? 0.0f : params.alibi_slopes[head]};
+            params.alibi_slopes == nullptr ? 0.0f : load_fresh(params.alibi_slopes + head)};
   }
 
   // In base 2; `distance` is position minus key.

@@ -62,22 +62,23 @@ class TileProducer {
   }
 
  private:
-  // Asks for a place; `post` waits for the answer.
+  // Asks for a place; `post` waits for the answer. Not sooner than it is needed: who has drawn a
+  // block has to compute it, though another CTA may be free before.
   __device__ void draw() {
     if (lane_ == 0) drawn_ = queue_.draw();
   }
 
-  // By one warp: finds a block at the places that it draws, and asks for the place after.
+  // By one warp: finds the block at the place that has been drawn, or at one of those after it.
   __device__ void post(int index) {
     memory_.jobs.wait_until_empty(index);
     Job job{};
-    do {
+    for (;; draw()) {
       const unsigned place = __shfl_sync(0xffffffffu, drawn_, 0);
       if (place >= queue_.num_places) break;
-      draw();
       const int kv_head = static_cast<int>(place % params_.num_kv_heads);
       job.block = plan_.blocks.at(params_, place / params_.num_kv_heads, kv_head, &job.seq);
-    } while (job.block.num_rows == 0);
+      if (job.block.num_rows > 0) break;
+    }
     if (lane_ == 0) {
       memory_.job(index) = job;
       arrive(memory_.jobs.filled(index));
@@ -102,7 +103,8 @@ class TileProducer {
     }
   }
 
-  // Begins to copy all keys and values of a job; returns how many tiles there are.
+  // Begins to copy all keys and values of a job, and asks for the next place when the last values
+  // are all that is left; returns how many tiles there are.
   __device__ int fetch(const Job& job, int first_tile) {
     tiles_ = TileRange<Shape::kKeys>::of(params_, job.block);
     blocks_ = params_.block_table + job.seq * params_.block_table_stride;
@@ -122,6 +124,8 @@ class TileProducer {
         memory_.keys.wait_until_empty(in_ring);
         load<kWarpKeys, Shape::kSlabBytes>(key, matrices_.keys(in_ring));
         arrive_after_copies(memory_.keys.filled(in_ring));
+      } else if (warp_ == 0) {
+        draw();
       }
       if (tile > 0) {
         memory_.values.wait_until_empty(in_ring - 1);

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -20,7 +21,8 @@ bool enabled() {
   return on;
 }
 
-// The words are those of the CPU's checks. Every number in `message` is a %lld.
+// The words are those of the CPU's checks, but paged_attention_v1 and its context_lens go by the
+// names that `attention` has. Every number in `message` is a %lld.
 template <typename... Numbers>
 __device__ void require(bool condition, const char* message, Numbers... numbers) {
   if (condition) return;
@@ -37,6 +39,14 @@ struct Rows {
 __device__ Rows rows_of(const AttentionParams& params, int64_t seq) {
   if (params.query_start_loc == nullptr) return {seq, seq + 1};
   return {params.query_start_loc[seq], params.query_start_loc[seq + 1]};
+}
+
+__device__ void check_only_start(const AttentionParams& params) {
+  if (params.query_start_loc == nullptr) return;
+  const int64_t start = params.query_start_loc[0];
+  require(start >= 0 && start <= params.num_tokens,
+          "paged::attention: query_start_loc[0] must be from 0 to num_tokens=%lld, got %lld\n",
+          params.num_tokens, start);
 }
 
 __device__ void check_lengths(const AttentionParams& params, int64_t seq, const Rows& rows,
@@ -57,10 +67,12 @@ __device__ void check_lengths(const AttentionParams& params, int64_t seq, const 
 }
 
 // One CTA for each sequence: one thread checks the lengths, which have to be right before the
-// others may read the row of the block table. A window lets the first blocks go unread.
+// others may read the row of the block table. A window lets the first blocks go unread. Without a
+// sequence, one CTA checks where the rows that belong to none begin.
 __global__ void check_attention_kernel(const __grid_constant__ AttentionParams params) {
   wait_for_previous_kernel();
   const int64_t seq = blockIdx.x;
+  if (seq == params.num_seqs) return check_only_start(params);
   const Rows rows = rows_of(params, seq);
   const int64_t seq_len = params.seq_lens[seq];
   if (threadIdx.x == 0) check_lengths(params, seq, rows, seq_len);
@@ -98,13 +110,25 @@ __global__ void check_copy_blocks_kernel(const __grid_constant__ CopyBlocksParam
   require(block >= 0 && block < params.num_blocks,
           "paged::copy_blocks: block_pairs[%lld, %lld] must be a block id below %lld, got %lld\n",
           index / 2, index % 2, params.num_blocks, block);
+  for (int64_t pair = 0; pair < params.num_pairs; ++pair) {
+    const int64_t end = 2 * pair + 1;
+    if (params.block_pairs[end] != block || end == index) continue;
+    require(index % 2 == 0,
+            "paged::copy_blocks: block_pairs[%lld] must be a destination given once, got %lld\n",
+            pair, block);
+    require(index % 2 == 1,
+            "paged::copy_blocks: block_pairs[%lld] must be a source that is no destination, got "
+            "%lld\n",
+            index / 2, block);
+  }
 }
 
 }  // namespace
 
 void check_values(const AttentionParams& params, cudaStream_t stream) {
   if (!enabled()) return;
-  launch<check_attention_kernel>("attention", {params.num_seqs}, kThreads, stream, params);
+  const int64_t num_ctas = std::max<int64_t>(params.num_seqs, 1);
+  launch<check_attention_kernel>("attention", {num_ctas}, kThreads, stream, params);
 }
 
 void check_values(const WriteKvParams& params, cudaStream_t stream) {

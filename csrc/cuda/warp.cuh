@@ -8,7 +8,8 @@ namespace paged_ops::cuda {
 inline constexpr int kWarpSize = 32;
 
 // a / b for 0 <= a and 0 < b in fewer instructions than an exact division: the estimate is at most
-// one off, as long as the quotient is below 2^22.
+// one off, as long as the quotient is below kMostQuotient.
+inline constexpr int64_t kMostQuotient = 1 << 22;
 __device__ inline int quotient(int a, int b) {
   const int estimate = static_cast<int>(__fdividef(static_cast<float>(a), static_cast<float>(b)));
   const int rest = a - estimate * b;

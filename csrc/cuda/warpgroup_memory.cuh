@@ -29,9 +29,12 @@ struct WarpgroupShape {
   static constexpr int kTileBytes = kSlabs * kSlabBytes;  // of keys, or of values
   static constexpr int kAlignment = 1024;
   static constexpr int kSharedBytes = kAlignment + kQueryBytes + 2 * kStages * kTileBytes;
-  // Of a thread: 65536 of a multiprocessor.
+  // Of a thread. At the launch each has an equal part of the multiprocessor's 65536, in eights:
+  // what one warpgroup gives back is all that the others can take.
   static constexpr int kProducerRegisters = 72;
   static constexpr int kConsumerRegisters = 216;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                (1 + kConsumers) * (65536 / kThreads / 8 * 8));
 };
 
 // Where chunk `chunk` of 16 bytes of row `row` of a slab matrix lies.
