@@ -28,9 +28,10 @@ length beyond the block table) are always checked on the CPU; on a GPU with ``PA
 where the error arrives at the next synchronising call. Without it an out-of-range value there is
 undefined behaviour.
 
-The operators are for inference: a tensor that requires grad is refused while grad mode is on. None
-of them waits for the GPU or reads a length on the host, so a captured CUDA graph replays with other
-lengths.
+The operators are for inference. While grad mode is on, every function here refuses a tensor that
+requires grad; the operators themselves, ``torch.ops.paged.*``, do not check this, and no gradient
+flows through them. None of them waits for the GPU or reads a length on the host, so a captured CUDA
+graph replays with other lengths.
 """
 
 from __future__ import annotations
@@ -51,11 +52,10 @@ __all__ = [
 ]
 
 
-def _refuse_grad(op: str, **tensors: Tensor) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
+def _refuse_grad(op: str, **arguments: object) -> None:
+    """Called in grad mode only, so that the calls of inference do not build ``arguments``."""
+    for name, argument in arguments.items():
+        if isinstance(argument, Tensor) and argument.requires_grad:
             raise RuntimeError(
                 f"paged_ops.ops.{op} is for inference only and has no backward, but {name} "
                 "requires grad; use torch.no_grad() or torch.inference_mode(), or detach it"
@@ -168,24 +168,21 @@ def attention(
         >>> attention(torch.randn(2, 8, 64), kv_cache, block_table, seq_lens).shape
         torch.Size([2, 8, 64])
     """
-    _refuse_grad("attention", query=query, kv_cache=kv_cache)
+    options = _options(
+        scale,
+        causal,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+        batch_invariant,
+    )
+    if torch.is_grad_enabled():
+        _refuse_grad("attention", query=query, kv_cache=kv_cache, **options)
     return torch.ops.paged.attention.default(
-        query,
-        kv_cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        **_options(
-            scale,
-            causal,
-            window,
-            softcap,
-            alibi_slopes,
-            sinks,
-            k_scale,
-            v_scale,
-            batch_invariant,
-        ),
+        query, kv_cache, block_table, seq_lens, query_start_loc, **options
     )
 
 
@@ -239,24 +236,21 @@ def attention_lse(
         >>> out.abs().max().item(), lse.max().item()
         (0.0, -inf)
     """
-    _refuse_grad("attention_lse", query=query, kv_cache=kv_cache)
+    options = _options(
+        scale,
+        causal,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+        batch_invariant,
+    )
+    if torch.is_grad_enabled():
+        _refuse_grad("attention_lse", query=query, kv_cache=kv_cache, **options)
     return torch.ops.paged.attention_lse.default(
-        query,
-        kv_cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        **_options(
-            scale,
-            causal,
-            window,
-            softcap,
-            alibi_slopes,
-            sinks,
-            k_scale,
-            v_scale,
-            batch_invariant,
-        ),
+        query, kv_cache, block_table, seq_lens, query_start_loc, **options
     )
 
 
@@ -310,25 +304,21 @@ def attention_out(
         >>> attention_out(query, kv_cache, block_table, seq_lens, out=out)
         >>> torch.testing.assert_close(out[0], kv_cache[5, 1, 0])
     """
-    _refuse_grad("attention_out", query=query, kv_cache=kv_cache, out=out)
+    options = _options(
+        scale,
+        causal,
+        window,
+        softcap,
+        alibi_slopes,
+        sinks,
+        k_scale,
+        v_scale,
+        batch_invariant,
+    )
+    if torch.is_grad_enabled():
+        _refuse_grad("attention_out", query=query, kv_cache=kv_cache, out=out, **options)
     torch.ops.paged.attention_out.default(
-        query,
-        kv_cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        **_options(
-            scale,
-            causal,
-            window,
-            softcap,
-            alibi_slopes,
-            sinks,
-            k_scale,
-            v_scale,
-            batch_invariant,
-        ),
-        out=out,
+        query, kv_cache, block_table, seq_lens, query_start_loc, **options, out=out
     )
 
 
@@ -366,7 +356,10 @@ def write_kv(
         >>> bool((kv_cache[5, 0, 3] == key[0]).all()), int(kv_cache.count_nonzero()) == 2 * 4 * 64
         (True, True)
     """
-    _refuse_grad("write_kv", key=key, value=value, kv_cache=kv_cache)
+    if torch.is_grad_enabled():
+        _refuse_grad(
+            "write_kv", key=key, value=value, kv_cache=kv_cache, k_scale=k_scale, v_scale=v_scale
+        )
     torch.ops.paged.write_kv.default(
         key, value, kv_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale
     )
@@ -389,7 +382,8 @@ def copy_blocks(kv_cache: Tensor, block_pairs: Tensor) -> None:
         >>> bool((kv_cache[0] == kv_cache[5]).all() and (kv_cache[1] == kv_cache[5]).all())
         True
     """
-    _refuse_grad("copy_blocks", kv_cache=kv_cache)
+    if torch.is_grad_enabled():
+        _refuse_grad("copy_blocks", kv_cache=kv_cache)
     torch.ops.paged.copy_blocks.default(kv_cache, block_pairs)
 
 
@@ -423,7 +417,8 @@ def merge_states(
         >>> merged, _ = merge_states(out, lse, torch.randn(2, 4, 64), nothing)
         >>> torch.testing.assert_close(merged, out)
     """
-    _refuse_grad("merge_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    if torch.is_grad_enabled():
+        _refuse_grad("merge_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return torch.ops.paged.merge_states.default(out_a, lse_a, out_b, lse_b)
 
 
@@ -461,9 +456,10 @@ def paged_attention_v1(
         >>> paged_attention_v1(out, query, key_cache, value_cache, block_table, context_lens)
         >>> torch.testing.assert_close(out[0], value_cache[5, 0])
     """
-    _refuse_grad(
-        "paged_attention_v1", out=out, query=query, key_cache=key_cache, value_cache=value_cache
-    )
+    if torch.is_grad_enabled():
+        _refuse_grad(
+            "paged_attention_v1", out=out, query=query, key_cache=key_cache, value_cache=value_cache
+        )
     torch.ops.paged.paged_attention_v1.default(
         out, query, key_cache, value_cache, block_table, context_lens
     )

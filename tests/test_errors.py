@@ -385,23 +385,6 @@ def test_tensors_on_two_devices(op):
         refused(op, {**right, name: right[name].cpu()}, "must be on", "got ")
 
 
-def differentiable(op: str) -> list[str]:
-    arguments = RIGHT[op](torch.device("cpu"))
-    return [name for name, value in arguments.items() if value.is_floating_point()]
-
-
-@pytest.mark.parametrize(
-    ("op", "name"), [(op, name) for op in RIGHT for name in differentiable(op)]
-)
-def test_grad_is_refused(op, name):
-    arguments = RIGHT[op](torch.device("cpu"))
-    arguments[name] = arguments[name].clone().requires_grad_()
-    with pytest.raises(RuntimeError, match=f"{op} is for inference only.*{name} requires grad"):
-        call(op, arguments)
-    with torch.inference_mode():
-        call(op, arguments)
-
-
 def with_options(op: str, device: torch.device) -> Arguments:
     """A right call in which every optional tensor is given."""
     arguments = RIGHT[op](device)
@@ -411,6 +394,33 @@ def with_options(op: str, device: torch.device) -> Arguments:
         arguments["kv_cache"] = arguments["kv_cache"].to(FLOAT8)
         arguments |= {name: ones(1, device=device) for name in ("k_scale", "v_scale")}
     return arguments
+
+
+def differentiable(op: str) -> list[str]:
+    """The tensors that may require grad: all but the integers."""
+    arguments = with_options(op, torch.device("cpu"))
+    return [name for name, value in arguments.items() if value.is_floating_point()]
+
+
+def test_every_tensor_is_among_the_options():
+    """An optional tensor that is added to an operator has to be added above."""
+    for op in RIGHT:
+        schema = getattr(torch.ops.paged, op).default._schema
+        names = {each.name for each in schema.arguments if "Tensor" in str(each.type)}
+        assert set(with_options(op, torch.device("cpu"))) == names
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in RIGHT for name in differentiable(op)]
+)
+def test_grad_is_refused(op, name):
+    arguments = with_options(op, torch.device("cpu"))
+    arguments[name] = arguments[name].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=f"{op} is for inference only.*but {name} requires grad"):
+        call(op, arguments)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            call(op, arguments)
 
 
 def tensors_left(op: str, arguments: Arguments) -> list[str]:
