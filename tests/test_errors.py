@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import move
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from paged_ops import ops
 
@@ -375,16 +376,6 @@ def test_shared_memory_of_read_and_written(op, name, alias, device):
     refused(op, arguments, "share memory", "must not")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("op", RIGHT)
-def test_tensors_on_two_devices(op):
-    right = RIGHT[op](torch.device("cuda"))
-    tensors = [name for name, value in right.items() if isinstance(value, Tensor)]
-    for name in tensors[1:]:
-        refused(op, {**right, name: right[name].cpu()}, "must be on", "got ")
-
-
 def with_options(op: str, device: torch.device) -> Arguments:
     """A right call in which every optional tensor is given."""
     arguments = RIGHT[op](device)
@@ -394,6 +385,54 @@ def with_options(op: str, device: torch.device) -> Arguments:
         arguments["kv_cache"] = arguments["kv_cache"].to(FLOAT8)
         arguments |= {name: ones(1, device=device) for name in ("k_scale", "v_scale")}
     return arguments
+
+
+# The tensor that says where the others have to be, if not the first.
+ANCHOR = {"paged_attention_v1": "query"}
+
+
+def all_but_the_anchor(op: str) -> list[str]:
+    names = list(with_options(op, torch.device("cpu")))
+    names.remove(ANCHOR.get(op, names[0]))
+    return names
+
+
+ON_ANOTHER_DEVICE = [(op, name) for op in RIGHT for name in all_but_the_anchor(op)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("op", "name"), ON_ANOTHER_DEVICE)
+def test_tensors_on_two_devices(op, name):
+    right = with_options(op, torch.device("cuda"))
+    refused(op, {**right, name: right[name].cpu()}, name, "must be on cuda:0 like ")
+
+
+@pytest.mark.parametrize(("op", "name"), ON_ANOTHER_DEVICE)
+def test_a_meta_tensor_beside_others(op, name):
+    """The call is sent to the fakes, which would leave what it has to write as it was."""
+    right = with_options(op, torch.device("cpu"))
+    arguments = {**right, name: right[name].to("meta")}
+    with pytest.raises(RuntimeError, match=f"^paged::{op}: {name} must be on cpu like .*got meta$"):
+        call(op, arguments)
+
+
+@pytest.mark.parametrize("op", RIGHT)
+def test_an_anchor_on_the_meta_device(op):
+    right = with_options(op, torch.device("cpu"))
+    anchor = ANCHOR.get(op, next(iter(right)))
+    right[anchor] = right[anchor].to("meta")
+    with pytest.raises(RuntimeError, match=f"must be on meta like {anchor}, got cpu"):
+        call(op, right)
+
+
+@pytest.mark.parametrize(("op", "name"), ON_ANOTHER_DEVICE)
+def test_tensors_on_two_devices_are_found_while_tracing(op, name):
+    with FakeTensorMode():
+        right = with_options(op, torch.device("cpu"))
+        call(op, right)
+        with pytest.raises(RuntimeError, match=f"{op}: {name} must be on cpu like .*got cuda:0"):
+            call(op, {**right, name: right[name].to("cuda:0")})
 
 
 def differentiable(op: str) -> list[str]:
