@@ -84,6 +84,18 @@ RIGHT: dict[str, Callable[[torch.device], Arguments]] = {
     "merge_states": merge_states_arguments,
 }
 
+
+def with_options(op: str, device: torch.device) -> Arguments:
+    """A right call in which every optional tensor is given."""
+    arguments = RIGHT[op](device)
+    if op in ("attention", "attention_lse", "attention_out"):
+        arguments |= {name: ones(4, device=device) for name in ("alibi_slopes", "sinks")}
+    if "slot_mapping" in arguments or "sinks" in arguments:
+        arguments["kv_cache"] = arguments["kv_cache"].to(FLOAT8)
+        arguments |= {name: ones(1, device=device) for name in ("k_scale", "v_scale")}
+    return arguments
+
+
 Change = Callable[[Tensor], Any]
 
 
@@ -161,7 +173,6 @@ MALFORMED: list[tuple[str, str, Change, str]] = [
     ("attention", "query_start_loc", to(torch.int64), "int32, got int64"),
     ("attention", "query_start_loc", first_two, "num_seqs + 1=4"),
     ("attention", "query_start_loc", strided, "contiguous"),
-    ("attention", "block_table", lambda t: t[:2], "num_seqs"),
     ("attention", "scale", const(math.nan), "finite"),
     ("attention", "scale", const(math.inf), "finite"),
     ("attention", "window", const(0), "-1 (no limit) or at least 1, got 0"),
@@ -176,7 +187,6 @@ MALFORMED: list[tuple[str, str, Change, str]] = [
     ("attention", "sinks", const(ones(4, dtype=torch.bfloat16)), "float32, got bfloat16"),
     ("attention", "k_scale", const(ones(1)), "float8_e4m3fn cache only"),
     ("attention", "v_scale", const(ones(1)), "float8_e4m3fn cache only"),
-    ("attention_lse", "query", lambda t: t[..., :8], "head_size=8 (from query)"),
     ("attention_lse", "seq_lens", first_two, "num_seqs=3"),
     ("attention_out", "out", first_two, "num_tokens=5 (from query)"),
     ("attention_out", "out", lambda t: t[..., :8], "head_size=16 (from query)"),
@@ -187,7 +197,6 @@ MALFORMED: list[tuple[str, str, Change, str]] = [
     ("paged_attention_v1", "out", to(torch.int32), "got int32"),
     ("paged_attention_v1", "out", lambda t: t[:, :2], "num_heads=4"),
     ("paged_attention_v1", "out", expanded, "overlap itself"),
-    ("paged_attention_v1", "query", first_two, "num_seqs=2 (from query)"),
     ("paged_attention_v1", "query", lambda t: t[:, :3], "num_kv_heads=2"),
     ("paged_attention_v1", "key_cache", lambda t: t[None], "[num_blocks, block_size,"),
     ("paged_attention_v1", "key_cache", to(torch.bfloat16), "dtype of query"),
@@ -287,7 +296,8 @@ def refused(op: str, arguments: Arguments, name: str, message: str) -> None:
     with pytest.raises(RuntimeError) as error:
         call(op, arguments)
     text = str(error.value)
-    assert name in text
+    # At the start: the arguments that sizes and devices are taken from are named too.
+    assert text.startswith((f"paged::{op}: {name} ", f"paged::{op}: {name}["))
     assert message in text
     for key, value in before.items():
         as_bytes = [each.contiguous().view(torch.uint8) for each in (value, arguments[key])]
@@ -314,6 +324,18 @@ def test_the_right_call_passes(op, device):
 @pytest.mark.parametrize(("op", "name", "change", "message"), MALFORMED, ids=ids(MALFORMED))
 def test_malformed_argument(op, name, change, message, device):
     refused(op, malformed(op, name, change, device), name, message)
+
+
+@pytest.mark.parametrize(
+    ("op", "changed", "change", "name", "message"),
+    [
+        ("attention", "block_table", first_two, "seq_lens", "num_seqs=2 (from block_table)"),
+        ("attention_lse", "query", lambda t: t[..., :8], "kv_cache", "head_size=8 (from query)"),
+        ("paged_attention_v1", "query", first_two, "block_table", "num_seqs=2 (from query)"),
+    ],
+)
+def test_the_later_of_two_that_disagree_is_named(op, changed, change, name, message, device):
+    refused(op, malformed(op, changed, change, device), name, message)
 
 
 @pytest.mark.parametrize(("op", "name", "change", "message"), BAD_VALUES, ids=ids(BAD_VALUES))
@@ -352,39 +374,38 @@ def test_head_size_out_of_range(op, head_size, device):
 
 
 @pytest.mark.parametrize(
-    ("op", "name", "alias"),
+    ("op", "changed", "alias", "written", "read"),
     [
-        ("attention_out", "query", lambda arguments: arguments["out"]),
+        ("attention_out", "query", lambda arguments: arguments["out"], "out", "query"),
         (
             "attention_out",
             "out",
             lambda arguments: arguments["kv_cache"].view(-1)[:320].view(5, 4, 16),
+            "out",
+            "kv_cache",
         ),
-        ("paged_attention_v1", "out", lambda arguments: arguments["query"]),
+        ("paged_attention_v1", "out", lambda arguments: arguments["query"], "out", "query"),
         (
             "paged_attention_v1",
             "out",
             lambda arguments: arguments["key_cache"][:3, :2].flatten(1, 2),
+            "out",
+            "key_cache",
         ),
-        ("write_kv", "key", lambda arguments: arguments["kv_cache"][2, 0, :3]),
-        ("write_kv", "value", lambda arguments: arguments["kv_cache"][1, 1, 1:]),
+        ("write_kv", "key", lambda arguments: arguments["kv_cache"][2, 0, :3], "kv_cache", "key"),
+        (
+            "write_kv",
+            "value",
+            lambda arguments: arguments["kv_cache"][1, 1, 1:],
+            "kv_cache",
+            "value",
+        ),
     ],
 )
-def test_shared_memory_of_read_and_written(op, name, alias, device):
+def test_shared_memory_of_read_and_written(op, changed, alias, written, read, device):
     arguments = RIGHT[op](device)
-    arguments[name] = alias(arguments)
-    refused(op, arguments, "share memory", "must not")
-
-
-def with_options(op: str, device: torch.device) -> Arguments:
-    """A right call in which every optional tensor is given."""
-    arguments = RIGHT[op](device)
-    if op in ("attention", "attention_lse", "attention_out"):
-        arguments |= {name: ones(4, device=device) for name in ("alibi_slopes", "sinks")}
-    if "slot_mapping" in arguments or "sinks" in arguments:
-        arguments["kv_cache"] = arguments["kv_cache"].to(FLOAT8)
-        arguments |= {name: ones(1, device=device) for name in ("k_scale", "v_scale")}
-    return arguments
+    arguments[changed] = alias(arguments)
+    refused(op, arguments, written, f"must not share memory with {read}, got")
 
 
 # The tensor that says where the others have to be, if not the first.
@@ -496,9 +517,11 @@ def test_several_tokens_per_sequence_need_query_start_loc(device):
 
 def test_wrong_python_types():
     right = attention_arguments(torch.device("cpu"))
-    for name, value in (("query", None), ("kv_cache", [1]), ("window", 1.5), ("scale", "a")):
-        with pytest.raises((RuntimeError, TypeError), match=name):
+    for name, value in (("kv_cache", [1]), ("window", 1.5), ("scale", "a")):
+        # Not the name alone: PyTorch's message ends with the whole declaration.
+        with pytest.raises(RuntimeError, match=f"for argument '{name}'"):
             ops.attention(**{**right, name: value})
+    refused("attention", {**right, "query": None}, "query", "must be a tensor, got None")
 
 
 TRAP = """
