@@ -44,12 +44,14 @@ def assert_accurate(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> Non
     """Both have the same infinities, no NaN, and a small relative L2 error."""
     actual = actual.detach().cpu().double()
     assert actual.shape == expected.shape
+    assert not expected.isnan().any(), "nothing equals NaN, so this would compare nothing"
     assert not actual.isnan().any(), f"NaN at {actual.isnan().nonzero()[0].tolist()}"
-    assert torch.equal(actual.isinf(), expected.isinf())
     finite = ~expected.isinf()
+    assert torch.equal(finite, ~actual.isinf())
+    assert torch.equal(actual[~finite], expected[~finite])  # of the same sign
     difference = (actual - expected)[finite]
     error = difference.norm() / expected[finite].norm().clamp_min(1e-30)
-    if error > MAX_ERROR[dtype]:
+    if not error <= MAX_ERROR[dtype]:
         worst = torch.where(finite, actual - expected, 0).abs().argmax()
         index = torch.unravel_index(worst, actual.shape)
         raise AssertionError(
