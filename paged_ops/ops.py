@@ -148,7 +148,9 @@ def attention(
         seq_lens: int32 ``[num_seqs]``. 0 is allowed: its rows are 0, as are all rows that see no
             key.
         query_start_loc: int32 ``[num_seqs + 1]``, not decreasing. Rows outside of it are 0
-            (padding). ``None``: ``num_tokens == num_seqs``, one token each.
+            (padding). ``None``: ``num_tokens == num_seqs``, one token each. Where a sequence has
+            more query tokens than keys, the first of them are before its first key and see none,
+            whether ``causal`` or not.
         scale: what scores are multiplied by; ``head_size ** -0.5`` by default.
         causal: whether a token sees only keys at or before its own position.
         window: how many of the latest keys a token sees, its own included; -1 for all. The keys
@@ -224,14 +226,15 @@ def attention_lse(
         window: see ``attention``.
         softcap: see ``attention``.
         alibi_slopes: see ``attention``.
-        sinks: see ``attention``; part of the log-sum-exp.
+        sinks: see ``attention``; part of the log-sum-exp of every row that sees a key.
         k_scale: see ``attention``.
         v_scale: see ``attention``.
         batch_invariant: see ``attention``.
 
     Returns:
         ``out`` as ``attention`` returns it, and ``lse``: float32 ``[num_tokens, num_heads]``, the
-        natural logarithm of the softmax's denominator; ``-inf`` for a row that sees no key.
+        natural logarithm of the softmax's denominator; ``-inf`` for a row that sees no key, whether
+        there are sinks or not.
 
     Raises:
         RuntimeError: a malformed argument, or one that requires grad in grad mode.
@@ -397,10 +400,31 @@ def merge_states(
 ) -> tuple[Tensor, Tensor]:
     """Merge attention over two disjoint sets of keys into attention over their union.
 
-    With a prefix that many sequences share, attend to it once and merge::
+    The two sides come from ``attention_lse``, over the same query::
 
         lse = log(exp(lse_a) + exp(lse_b))
         out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b
+
+    A prefix that many sequences share is attended to once if the query tokens of all of them are
+    passed as those of a single sequence: the block table has one row, ``seq_lens`` is ``[the
+    prefix's length]``, ``query_start_loc`` is ``[0, num_tokens]``, and ``causal=False``. The other
+    side attends to what follows the prefix, as usual; the example below shows both. The prefix ends
+    where a block ends, since the table of the other side starts with the next block.
+
+    For the result to be attention over the union:
+
+    - ``scale`` and ``softcap`` are the same on both sides.
+    - The side of the prefix is not causal: it takes the query tokens for the last tokens of the
+      prefix, and would hide keys from them. (One query token per sequence sees them all anyway.)
+    - A sequence has no more query tokens than keys, as the first of them would come before its
+      first key and see nothing. So where there are more query tokens than the prefix is long, they
+      are divided among several sequences with the same row of the block table, of at most that
+      many query tokens each.
+    - ``sinks`` are given to one side only, and to one on which every row sees a key, since a row
+      that sees none has the log-sum-exp ``-inf``, and its sink is lost. Or they are given to
+      neither side and added last: ``out * sigmoid(lse - sinks)[..., None]``.
+    - ``alibi_slopes`` and ``window`` cannot be used: each side counts positions from the end of its
+      own ``seq_lens``, which on the side of the prefix is not where the query tokens are.
 
     Args:
         out_a: ``[num_tokens, num_heads, head_size]``, any strides with the last 1.
@@ -417,10 +441,26 @@ def merge_states(
         RuntimeError: a malformed argument, or one that requires grad in grad mode.
 
     Example:
-        >>> out, lse = torch.randn(2, 4, 64), torch.randn(2, 4)
-        >>> nothing = torch.full((2, 4), -torch.inf)
-        >>> merged, _ = merge_states(out, lse, torch.randn(2, 4, 64), nothing)
-        >>> torch.testing.assert_close(merged, out)
+        Three sequences begin with the same 32 tokens, in blocks 6 and 1, and go on apart:
+
+        >>> query, kv_cache = torch.randn(3, 8, 64), torch.randn(8, 2, 16, 4, 64)
+        >>> shared_table = torch.tensor([[6, 1]], dtype=torch.int32)
+        >>> own_table = torch.tensor([[4, 0], [2, 5], [3, 0]], dtype=torch.int32)
+        >>> shared_len = torch.tensor([32], dtype=torch.int32)
+        >>> own_lens = torch.tensor([9, 20, 16], dtype=torch.int32)
+        >>> all_tokens = torch.tensor([0, 3], dtype=torch.int32)
+        >>> shared = attention_lse(
+        ...     query, kv_cache, shared_table, shared_len, all_tokens, causal=False
+        ... )
+        >>> own = attention_lse(query, kv_cache, own_table, own_lens)
+        >>> out, lse = merge_states(*shared, *own)
+
+        The same, but the prefix is read once for each sequence:
+
+        >>> block_table = torch.cat([shared_table.expand(3, -1), own_table], 1)
+        >>> torch.testing.assert_close(
+        ...     out, attention(query, kv_cache, block_table, shared_len + own_lens)
+        ... )
     """
     if torch.is_grad_enabled():
         _refuse_grad("merge_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
