@@ -1,6 +1,6 @@
 """The operators, typed: one function per operator of ``torch.ops.paged``.
 
-Words and shapes are the same everywhere:
+Names and shapes are the same throughout:
 
 ======================  ========================================================================
 ``kv_cache``            ``[num_blocks, 2, block_size, num_kv_heads, head_size]``; half 0 is K, half
@@ -11,8 +11,8 @@ Words and shapes are the same everywhere:
 ``block_table``         int32 ``[num_seqs, max_blocks]``; entry ``[s, i]`` is the block that holds
                         tokens ``i * block_size`` to ``(i + 1) * block_size - 1`` of sequence ``s``.
                         Entries past a sequence's last block are never read.
-``seq_lens``            int32 ``[num_seqs]``; KV tokens of each sequence, those of this call
-                        included.
+``seq_lens``            int32 ``[num_seqs]``; KV tokens of each sequence, including those of this
+                        call.
 ``query_start_loc``     int32 ``[num_seqs + 1]``; sequence ``s`` owns the query rows from
                         ``query_start_loc[s]`` up to ``query_start_loc[s + 1]``.
 ``slot_mapping``        int64 ``[num_tokens]``; where a token goes: ``block * block_size + offset``,
@@ -20,18 +20,18 @@ Words and shapes are the same everywhere:
 ======================  ========================================================================
 
 Tensors are float32, float16 or bfloat16; a kv_cache has the dtype of the query or is float8_e4m3fn
-with float32 scales. All of them are on one device. Sums are taken in float32.
+with float32 scales. All of them are on one device. Sums are accumulated in float32.
 
-Every function raises ``RuntimeError`` for a wrong shape, dtype, device or stride, before anything
-is written, naming the argument, what was expected and what came. Values (a block id out of range, a
-length beyond the block table) are always checked on the CPU; on a GPU with ``PAGED_OPS_CHECK=1``,
-where the error arrives at the next synchronising call. Without it an out-of-range value there is
-undefined behaviour.
+Every function raises ``RuntimeError`` for a wrong shape, dtype, device or stride before anything is
+written, naming the argument, what was expected and what was received. Values (a block id out of
+range, a length beyond the block table) are always checked on the CPU. On a GPU they are checked
+only with ``PAGED_OPS_CHECK=1``, and the error arrives at the next synchronising call; without it,
+an out-of-range value is undefined behaviour there.
 
 The operators are for inference. While grad mode is on, every function here refuses a tensor that
 requires grad; the operators themselves, ``torch.ops.paged.*``, do not check this, and no gradient
 flows through them. None of them waits for the GPU or reads a length on the host, so a captured CUDA
-graph replays with other lengths.
+graph can be replayed with other lengths.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _options(
     v_scale: Tensor | None,
     batch_invariant: bool,
 ) -> dict[str, Any]:
-    """Those that are not the schema's default: all nine keywords would cost 3 us per call."""
+    """Those that differ from the schema's defaults: passing all nine would cost 3 us per call."""
     options: dict[str, Any] = {}
     if scale is not None:
         options["scale"] = scale
@@ -133,14 +133,14 @@ def attention(
         s_j = softcap_( scale * query . key_j ) - alibi_slope * |p - j|
         out = sum_j exp(s_j) value_j / ( sum_j exp(s_j) + exp(sink) )
 
-    over the keys it sees, where ``softcap_(x) = softcap * tanh(x / softcap)`` and the terms of
-    options that are not given are absent. PagedAttention is described in Kwon et al., "Efficient
+    over the keys it sees, where ``softcap_(x) = softcap * tanh(x / softcap)``, and the terms of
+    options that are not given drop out. PagedAttention is described in Kwon et al., "Efficient
     Memory Management for Large Language Model Serving with PagedAttention" (SOSP 2023); the running
     softmax in Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 
     Args:
-        query: ``[num_tokens, num_heads, head_size]``, any strides with the last 1. ``num_heads`` is
-            a multiple of ``num_kv_heads``: query head ``h`` reads KV head ``h // (num_heads //
+        query: ``[num_tokens, num_heads, head_size]``, any strides, the last being 1. ``num_heads``
+            is a multiple of ``num_kv_heads``: query head ``h`` reads KV head ``h // (num_heads //
             num_kv_heads)``. ``head_size`` is from 1 to 256.
         kv_cache: ``[num_blocks, 2, block_size, num_kv_heads, head_size]``. Slots that no sequence
             reaches may hold anything, NaN included.
@@ -155,17 +155,18 @@ def attention(
         causal: whether a token sees only keys at or before its own position.
         window: how many of the latest keys a token sees, its own included; -1 for all. The keys
             after its own are not affected.
-        softcap: the bound of the scores; 0 for none.
+        softcap: the bound on the scores; 0 for none.
         alibi_slopes: float32 ``[num_heads]`` (Press et al., "Train Short, Test Long", 2021).
-        sinks: float32 ``[num_heads]``: a logit per head that takes part in the denominator alone
+        sinks: float32 ``[num_heads]``: a logit per head that enters the denominator only
             (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023).
         k_scale: float32 ``[1]`` or ``[num_kv_heads]``: what a float8 key is multiplied by; 1 by
             default.
         v_scale: the same for values.
-        batch_invariant: whether the result of a sequence must be the same, to the bit, whatever
-            else is in the batch. Always so on the CPU; on a GPU sequences are then cut into parts
-            by their own length, not evenly over the batch, which costs some speed. The environment
-            variable ``PAGED_OPS_BATCH_INVARIANT=1``, read at the first call, makes it the default.
+        batch_invariant: whether the result of a sequence must be the same, bit for bit, whatever
+            else is in the batch. On the CPU it always is. On a GPU, sequences are then cut into
+            parts by their own length, not evenly over the batch, which costs some speed. The
+            environment variable ``PAGED_OPS_BATCH_INVARIANT=1``, read at the first call, makes it
+            the default.
 
     Returns:
         ``[num_tokens, num_heads, head_size]``, contiguous, of the dtype of ``query``.
@@ -216,7 +217,7 @@ def attention_lse(
     """``attention`` that also returns the log-sum-exp of the scores, for ``merge_states``.
 
     Args:
-        query: these and all others as in ``attention``.
+        query: as in ``attention``, like all the others.
         kv_cache: see ``attention``.
         block_table: see ``attention``.
         seq_lens: see ``attention``.
@@ -281,17 +282,17 @@ def attention_out(
     v_scale: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> None:
-    """``attention`` into a tensor of the caller's.
+    """``attention``, with the result written into a tensor that the caller provides.
 
     Args:
-        query: these and all others as in ``attention``.
+        query: as in ``attention``, like all the others.
         kv_cache: see ``attention``.
         block_table: see ``attention``.
         seq_lens: see ``attention``.
         query_start_loc: see ``attention``.
         out: ``[num_tokens, num_heads, head_size]`` of float32, float16 or bfloat16, whatever the
-            dtype of ``query``; any strides with the last 1. Every row is written. It may not share
-            memory with ``query`` or ``kv_cache``.
+            dtype of ``query``; any strides, the last being 1. Every row is written. It may not
+            share memory with ``query`` or ``kv_cache``.
         scale: see ``attention``.
         causal: see ``attention``.
         window: see ``attention``.
@@ -340,13 +341,13 @@ def write_kv(
 ) -> None:
     """Write the keys and values of new tokens into their slots of the cache, in place.
 
-    A float8 cache stores ``key / k_scale``, rounded to the nearest float8_e4m3fn and limited to
-    ±448; any other stores the very bits.
+    A float8 cache stores ``key / k_scale``, rounded to the nearest float8_e4m3fn and clamped to
+    ±448. In any other cache, values are stored unchanged.
 
     Args:
-        key: ``[num_tokens, num_kv_heads, head_size]``, any strides with the last 1.
+        key: ``[num_tokens, num_kv_heads, head_size]``, any strides, the last being 1.
         value: the same shape and dtype.
-        kv_cache: ``[num_blocks, 2, block_size, num_kv_heads, head_size]``; written. It may not
+        kv_cache: ``[num_blocks, 2, block_size, num_kv_heads, head_size]``; written to. It may not
             share memory with ``key`` or ``value``.
         slot_mapping: int64 ``[num_tokens]``; -1 skips a token. The slots of one call are distinct:
             of two tokens for one slot, either may win.
@@ -377,7 +378,7 @@ def copy_blocks(kv_cache: Tensor, block_pairs: Tensor) -> None:
     """Copy whole blocks, K and V, within a cache, in place: the copy of copy-on-write.
 
     Args:
-        kv_cache: ``[num_blocks, 2, block_size, num_kv_heads, head_size]``; written.
+        kv_cache: ``[num_blocks, 2, block_size, num_kv_heads, head_size]``; written to.
         block_pairs: int64 ``[num_pairs, 2]`` of (source, destination). No block is a destination
             twice, and none is both source and destination.
 
@@ -427,7 +428,7 @@ def merge_states(
       own ``seq_lens``, which on the side of the prefix is not where the query tokens are.
 
     Args:
-        out_a: ``[num_tokens, num_heads, head_size]``, any strides with the last 1.
+        out_a: ``[num_tokens, num_heads, head_size]``, any strides, the last being 1.
         lse_a: float32 ``[num_tokens, num_heads]``, natural logarithm. ``-inf``: this side is empty
             and its ``out_a`` is not read.
         out_b: the same shape and dtype as ``out_a``.
@@ -475,20 +476,20 @@ def paged_attention_v1(
     block_table: Tensor,
     context_lens: Tensor,
 ) -> None:
-    """Decode attention over a K and a V cache that are two tensors, into ``out``.
+    """Decode attention over a K cache and a V cache that are separate tensors, into ``out``.
 
-    The interface for caches that others own. The kernel is that of ``attention``, with ``scale =
+    Meant for caches that belong to other code. The kernel is that of ``attention``, with ``scale =
     head_size ** -0.5`` and no options.
 
     Args:
         out: ``[num_seqs, num_heads, head_size]`` of float32, float16 or bfloat16, whatever the
-            dtype of ``query``; written. It may not share memory with the other tensors.
+            dtype of ``query``; written to. It may not share memory with the other tensors.
         query: ``[num_seqs, num_heads, head_size]``, one token per sequence.
-        key_cache: ``[num_blocks, block_size, num_kv_heads, head_size]``, any strides with the last
-            1.
+        key_cache: ``[num_blocks, block_size, num_kv_heads, head_size]``, any strides, the last
+            being 1.
         value_cache: the same shape and dtype.
         block_table: int32 ``[num_seqs, max_blocks]``.
-        context_lens: int32 ``[num_seqs]``, tokens in the cache for each sequence.
+        context_lens: int32 ``[num_seqs]``, the tokens that each sequence has in the cache.
 
     Raises:
         RuntimeError: a malformed argument, or one that requires grad in grad mode.
