@@ -30,7 +30,7 @@ an out-of-range value is undefined behaviour there.
 
 The operators are for inference. While grad mode is on, every function here refuses a tensor that
 requires grad; the operators themselves, ``torch.ops.paged.*``, do not check this, and no gradient
-flows through them. None of them waits for the GPU or reads a length on the host, so a captured CUDA
+flows through them. No operator waits for the GPU or reads a length on the host, so a captured CUDA
 graph can be replayed with other lengths.
 """
 
