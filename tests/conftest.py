@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -33,6 +34,14 @@ def pytest_xdist_setupnodes(specs: list[object]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A line for each reason to skip, or one missing tool hides among the tests that need a GPU."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
@@ -44,12 +53,14 @@ def assert_accurate(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> Non
     """Both have the same infinities, no NaN, and a small relative L2 error."""
     actual = actual.detach().cpu().double()
     assert actual.shape == expected.shape
+    assert not expected.isnan().any(), "nothing equals NaN, so this would compare nothing"
     assert not actual.isnan().any(), f"NaN at {actual.isnan().nonzero()[0].tolist()}"
-    assert torch.equal(actual.isinf(), expected.isinf())
     finite = ~expected.isinf()
+    assert torch.equal(finite, ~actual.isinf())
+    assert torch.equal(actual[~finite], expected[~finite])  # of the same sign
     difference = (actual - expected)[finite]
     error = difference.norm() / expected[finite].norm().clamp_min(1e-30)
-    if error > MAX_ERROR[dtype]:
+    if not error <= MAX_ERROR[dtype]:
         worst = torch.where(finite, actual - expected, 0).abs().argmax()
         index = torch.unravel_index(worst, actual.shape)
         raise AssertionError(

@@ -38,6 +38,18 @@ def check(case: Case, device: torch.device) -> Inputs:
     return moved
 
 
+@pytest.mark.parametrize(
+    ("actual", "expected"),
+    [(1.0, math.nan), (math.nan, math.nan), (math.nan, 1.0), (math.inf, -math.inf), (1.1, 1.0)],
+)
+def test_the_comparison_finds_what_differs(actual, expected):
+    same = torch.tensor([1.0, math.inf], dtype=torch.float64)
+    assert_accurate(same.float(), same, torch.float32)
+    others = (torch.tensor([1.0, each], dtype=torch.float64) for each in (actual, expected))
+    with pytest.raises(AssertionError):
+        assert_accurate(*others, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cache_dtype", [None, FLOAT8], ids=["same", "float8"])
 @pytest.mark.parametrize("case", [Case(), MIXED], ids=["decode", "mixed"])

@@ -51,7 +51,7 @@ def test_out_of_blocks_says_how_many():
             lambda: BlockManager(4, 4).length(3),
             "seq_id must be of a sequence that was added, got 3",
         ),
-        (lambda: BlockManager(4, 4).blocks(3), "got 3"),
+        (lambda: BlockManager(4, 4).blocks(3), "that was added, got 3"),
         (lambda: BlockManager(4, 4).ref_count(4), "block must be from 0 to 3, got 4"),
         (lambda: BlockManager(4, 4).batch([1], [1], 4), "seq_id must be of a sequence"),
     ],
@@ -67,7 +67,7 @@ def test_batch_refuses_what_does_not_fit():
     for counts, width, message in (
         ([], 4, "one entry for each of the 1 sequences, got 0"),
         ([6], 4, "from 0 to the length 5 of sequence 0, got 6"),
-        ([-1], 4, "got -1"),
+        ([-1], 4, "the length 5 of sequence 0, got -1"),
         ([1], 2, "max_blocks must hold the 3 blocks of sequence 0, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -432,7 +432,7 @@ def test_tokens_of_any_kind_are_the_same():
         (lambda m, b: m.pin([1, 2, 3, 4]), "cached in all of their 2 full blocks, got 1"),
         (lambda m, b: m.unpin([1, 2]), "those of a pin, no fewer and no more, got 1"),
         (lambda m, b: m.step([0, 0], b), "seq_ids must name each sequence once, got 0 twice"),
-        (lambda m, b: m.step(range(5), b), "got 1"),
+        (lambda m, b: m.step(range(5), b), "that was added, got 1"),
         (lambda m, b: (m.append([0], 3), m.step([0], b)), "columns for the 4 blocks of sequence 0"),
     ],
 )

@@ -168,3 +168,41 @@ def test_merging_two_halves_of_a_context_equals_the_whole(device):
     out, lse = ops.merge_states(*state_a, *state_b)
     assert_accurate(out, whole_out.cpu().double(), torch.float32)
     assert_accurate(lse, whole_lse.cpu().double(), torch.float32)
+
+
+@pytest.mark.parametrize("sinks", ["none", "own side", "last"])
+@pytest.mark.parametrize("query_lens", [None, (3, 1, 9), (3, 1, 17)], ids=str)
+def test_a_shared_prefix_is_attended_to_once(query_lens, sinks, device):
+    """As the docstring says: by one sequence, or two where the query tokens are more than 16."""
+    case = Case(seq_lens=(37, 20, 33), query_lens=query_lens, scale=0.3, softcap=20.0)
+    inputs = make_inputs(case)
+    inputs.block_table[:, 0] = inputs.block_table[0, 0]
+    logits = torch.randn(case.num_heads)
+    with_sinks = {**inputs.options, "sinks": None if sinks == "none" else logits}
+    whole = reference.attention_lse(*inputs.args, **with_sinks)
+
+    num_tokens = inputs.query.size(0)
+    inputs, logits = inputs.to(device), logits.to(device)
+    starts = [0, num_tokens] if num_tokens <= 16 else [0, 16, num_tokens]
+    prefix = ops.attention_lse(
+        inputs.query,
+        inputs.kv_cache,
+        inputs.block_table[: len(starts) - 1, :1],
+        torch.full((len(starts) - 1,), 16, dtype=torch.int32, device=device),
+        torch.tensor(starts, dtype=torch.int32, device=device),
+        **{**inputs.options, "causal": False},
+    )
+    own = ops.attention_lse(
+        inputs.query,
+        inputs.kv_cache,
+        inputs.block_table[:, 1:],
+        inputs.seq_lens - 16,
+        inputs.query_start_loc,
+        **inputs.options,
+        sinks=logits if sinks == "own side" else None,
+    )
+    out, lse = ops.merge_states(*prefix, *own)
+    if sinks == "last":
+        out, lse = out * torch.sigmoid(lse - logits)[..., None], torch.logaddexp(lse, logits)
+    assert_accurate(out, whole[0], torch.float32)
+    assert_accurate(lse, whole[1], torch.float32)

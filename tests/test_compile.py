@@ -172,7 +172,7 @@ class GraphModule(torch.nn.Module):
         getitem_1: "f32[4, 2, 16]" = l_hidden_[(slice(None, None, None), slice(None, 2, None))]
         value: "f32[4, 2, 16]" = getitem_1 + 1;  getitem_1 = None
 
-        write_kv_default = torch.ops.paged.write_kv.default(key, value, l_caches_0_, l_slots_, k_scale = None, v_scale = None);  key = value = l_slots_ = write_kv_default = None
+        write_kv_default = torch.ops.paged.write_kv.default(key, value, l_caches_0_, l_slots_);  key = value = l_slots_ = write_kv_default = None
 
         attention_default: "f32[4, 4, 16]" = torch.ops.paged.attention.default(l_hidden_, l_caches_0_, l_block_table_, l_seq_lens_, None);  l_caches_0_ = l_block_table_ = l_seq_lens_ = None
 

@@ -113,7 +113,9 @@ def run_tests(folder: Path, run: Run) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="switches fibers in x86-64 assembly")
-@pytest.mark.skipif(find_cuda_root() is None, reason="needs the headers of CUDA")
+@pytest.mark.skipif(
+    find_cuda_root() is None, reason="needs nvcc's headers to run the CUDA kernels on the CPU"
+)
 def test_operators_on_emulated_kernels(tmp_path):
     build(tmp_path, find_cuda_root())
     shutil.copytree(ROOT / "tests", tmp_path / "tests")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import move
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from paged_ops import ops
 
@@ -82,6 +83,18 @@ RIGHT: dict[str, Callable[[torch.device], Arguments]] = {
     "copy_blocks": copy_blocks_arguments,
     "merge_states": merge_states_arguments,
 }
+
+
+def with_options(op: str, device: torch.device) -> Arguments:
+    """A right call in which every optional tensor is given."""
+    arguments = RIGHT[op](device)
+    if op in ("attention", "attention_lse", "attention_out"):
+        arguments |= {name: ones(4, device=device) for name in ("alibi_slopes", "sinks")}
+    if "slot_mapping" in arguments or "sinks" in arguments:
+        arguments["kv_cache"] = arguments["kv_cache"].to(FLOAT8)
+        arguments |= {name: ones(1, device=device) for name in ("k_scale", "v_scale")}
+    return arguments
+
 
 Change = Callable[[Tensor], Any]
 
@@ -160,7 +173,6 @@ MALFORMED: list[tuple[str, str, Change, str]] = [
     ("attention", "query_start_loc", to(torch.int64), "int32, got int64"),
     ("attention", "query_start_loc", first_two, "num_seqs + 1=4"),
     ("attention", "query_start_loc", strided, "contiguous"),
-    ("attention", "block_table", lambda t: t[:2], "num_seqs"),
     ("attention", "scale", const(math.nan), "finite"),
     ("attention", "scale", const(math.inf), "finite"),
     ("attention", "window", const(0), "-1 (no limit) or at least 1, got 0"),
@@ -175,7 +187,6 @@ MALFORMED: list[tuple[str, str, Change, str]] = [
     ("attention", "sinks", const(ones(4, dtype=torch.bfloat16)), "float32, got bfloat16"),
     ("attention", "k_scale", const(ones(1)), "float8_e4m3fn cache only"),
     ("attention", "v_scale", const(ones(1)), "float8_e4m3fn cache only"),
-    ("attention_lse", "query", lambda t: t[..., :8], "head_size=8 (from query)"),
     ("attention_lse", "seq_lens", first_two, "num_seqs=3"),
     ("attention_out", "out", first_two, "num_tokens=5 (from query)"),
     ("attention_out", "out", lambda t: t[..., :8], "head_size=16 (from query)"),
@@ -186,7 +197,6 @@ MALFORMED: list[tuple[str, str, Change, str]] = [
     ("paged_attention_v1", "out", to(torch.int32), "got int32"),
     ("paged_attention_v1", "out", lambda t: t[:, :2], "num_heads=4"),
     ("paged_attention_v1", "out", expanded, "overlap itself"),
-    ("paged_attention_v1", "query", first_two, "num_seqs=2 (from query)"),
     ("paged_attention_v1", "query", lambda t: t[:, :3], "num_kv_heads=2"),
     ("paged_attention_v1", "key_cache", lambda t: t[None], "[num_blocks, block_size,"),
     ("paged_attention_v1", "key_cache", to(torch.bfloat16), "dtype of query"),
@@ -286,7 +296,8 @@ def refused(op: str, arguments: Arguments, name: str, message: str) -> None:
     with pytest.raises(RuntimeError) as error:
         call(op, arguments)
     text = str(error.value)
-    assert name in text
+    # At the start: the arguments that sizes and devices are taken from are named too.
+    assert text.startswith((f"paged::{op}: {name} ", f"paged::{op}: {name}["))
     assert message in text
     for key, value in before.items():
         as_bytes = [each.contiguous().view(torch.uint8) for each in (value, arguments[key])]
@@ -313,6 +324,18 @@ def test_the_right_call_passes(op, device):
 @pytest.mark.parametrize(("op", "name", "change", "message"), MALFORMED, ids=ids(MALFORMED))
 def test_malformed_argument(op, name, change, message, device):
     refused(op, malformed(op, name, change, device), name, message)
+
+
+@pytest.mark.parametrize(
+    ("op", "changed", "change", "name", "message"),
+    [
+        ("attention", "block_table", first_two, "seq_lens", "num_seqs=2 (from block_table)"),
+        ("attention_lse", "query", lambda t: t[..., :8], "kv_cache", "head_size=8 (from query)"),
+        ("paged_attention_v1", "query", first_two, "block_table", "num_seqs=2 (from query)"),
+    ],
+)
+def test_the_later_of_two_that_disagree_is_named(op, changed, change, name, message, device):
+    refused(op, malformed(op, changed, change, device), name, message)
 
 
 @pytest.mark.parametrize(("op", "name", "change", "message"), BAD_VALUES, ids=ids(BAD_VALUES))
@@ -351,66 +374,113 @@ def test_head_size_out_of_range(op, head_size, device):
 
 
 @pytest.mark.parametrize(
-    ("op", "name", "alias"),
+    ("op", "changed", "alias", "written", "read"),
     [
-        ("attention_out", "query", lambda arguments: arguments["out"]),
+        ("attention_out", "query", lambda arguments: arguments["out"], "out", "query"),
         (
             "attention_out",
             "out",
             lambda arguments: arguments["kv_cache"].view(-1)[:320].view(5, 4, 16),
+            "out",
+            "kv_cache",
         ),
-        ("paged_attention_v1", "out", lambda arguments: arguments["query"]),
+        ("paged_attention_v1", "out", lambda arguments: arguments["query"], "out", "query"),
         (
             "paged_attention_v1",
             "out",
             lambda arguments: arguments["key_cache"][:3, :2].flatten(1, 2),
+            "out",
+            "key_cache",
         ),
-        ("write_kv", "key", lambda arguments: arguments["kv_cache"][2, 0, :3]),
-        ("write_kv", "value", lambda arguments: arguments["kv_cache"][1, 1, 1:]),
+        ("write_kv", "key", lambda arguments: arguments["kv_cache"][2, 0, :3], "kv_cache", "key"),
+        (
+            "write_kv",
+            "value",
+            lambda arguments: arguments["kv_cache"][1, 1, 1:],
+            "kv_cache",
+            "value",
+        ),
     ],
 )
-def test_shared_memory_of_read_and_written(op, name, alias, device):
+def test_shared_memory_of_read_and_written(op, changed, alias, written, read, device):
     arguments = RIGHT[op](device)
-    arguments[name] = alias(arguments)
-    refused(op, arguments, "share memory", "must not")
+    arguments[changed] = alias(arguments)
+    refused(op, arguments, written, f"must not share memory with {read}, got")
+
+
+# The tensor that says where the others have to be, if not the first.
+ANCHOR = {"paged_attention_v1": "query"}
+
+
+def all_but_the_anchor(op: str) -> list[str]:
+    names = list(with_options(op, torch.device("cpu")))
+    names.remove(ANCHOR.get(op, names[0]))
+    return names
+
+
+ON_ANOTHER_DEVICE = [(op, name) for op in RIGHT for name in all_but_the_anchor(op)]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("op", "name"), ON_ANOTHER_DEVICE)
+def test_tensors_on_two_devices(op, name):
+    right = with_options(op, torch.device("cuda"))
+    refused(op, {**right, name: right[name].cpu()}, name, "must be on cuda:0 like ")
+
+
+@pytest.mark.parametrize(("op", "name"), ON_ANOTHER_DEVICE)
+def test_a_meta_tensor_beside_others(op, name):
+    """The call is sent to the fakes, which would leave what it has to write as it was."""
+    right = with_options(op, torch.device("cpu"))
+    arguments = {**right, name: right[name].to("meta")}
+    with pytest.raises(RuntimeError, match=f"^paged::{op}: {name} must be on cpu like .*got meta$"):
+        call(op, arguments)
+
+
 @pytest.mark.parametrize("op", RIGHT)
-def test_tensors_on_two_devices(op):
-    right = RIGHT[op](torch.device("cuda"))
-    tensors = [name for name, value in right.items() if isinstance(value, Tensor)]
-    for name in tensors[1:]:
-        refused(op, {**right, name: right[name].cpu()}, "must be on", "got ")
+def test_an_anchor_on_the_meta_device(op):
+    right = with_options(op, torch.device("cpu"))
+    anchor = ANCHOR.get(op, next(iter(right)))
+    right[anchor] = right[anchor].to("meta")
+    with pytest.raises(RuntimeError, match=f"must be on meta like {anchor}, got cpu"):
+        call(op, right)
+
+
+@pytest.mark.parametrize(("op", "name"), ON_ANOTHER_DEVICE)
+def test_tensors_on_two_devices_are_found_while_tracing(op, name):
+    with FakeTensorMode():
+        right = with_options(op, torch.device("cpu"))
+        call(op, right)
+        with pytest.raises(RuntimeError, match=f"{op}: {name} must be on cpu like .*got cuda:0"):
+            call(op, {**right, name: right[name].to("cuda:0")})
 
 
 def differentiable(op: str) -> list[str]:
-    arguments = RIGHT[op](torch.device("cpu"))
+    """The tensors that may require grad: all but the integers."""
+    arguments = with_options(op, torch.device("cpu"))
     return [name for name, value in arguments.items() if value.is_floating_point()]
+
+
+def test_every_tensor_is_among_the_options():
+    """An optional tensor that is added to an operator has to be added above."""
+    for op in RIGHT:
+        schema = getattr(torch.ops.paged, op).default._schema
+        names = {each.name for each in schema.arguments if "Tensor" in str(each.type)}
+        assert set(with_options(op, torch.device("cpu"))) == names
 
 
 @pytest.mark.parametrize(
     ("op", "name"), [(op, name) for op in RIGHT for name in differentiable(op)]
 )
 def test_grad_is_refused(op, name):
-    arguments = RIGHT[op](torch.device("cpu"))
+    arguments = with_options(op, torch.device("cpu"))
     arguments[name] = arguments[name].clone().requires_grad_()
-    with pytest.raises(RuntimeError, match=f"{op} is for inference only.*{name} requires grad"):
+    with pytest.raises(RuntimeError, match=f"{op} is for inference only.*but {name} requires grad"):
         call(op, arguments)
-    with torch.inference_mode():
-        call(op, arguments)
-
-
-def with_options(op: str, device: torch.device) -> Arguments:
-    """A right call in which every optional tensor is given."""
-    arguments = RIGHT[op](device)
-    if op in ("attention", "attention_lse", "attention_out"):
-        arguments |= {name: ones(4, device=device) for name in ("alibi_slopes", "sinks")}
-    if "slot_mapping" in arguments or "sinks" in arguments:
-        arguments["kv_cache"] = arguments["kv_cache"].to(FLOAT8)
-        arguments |= {name: ones(1, device=device) for name in ("k_scale", "v_scale")}
-    return arguments
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            call(op, arguments)
 
 
 def tensors_left(op: str, arguments: Arguments) -> list[str]:
@@ -447,9 +517,11 @@ def test_several_tokens_per_sequence_need_query_start_loc(device):
 
 def test_wrong_python_types():
     right = attention_arguments(torch.device("cpu"))
-    for name, value in (("query", None), ("kv_cache", [1]), ("window", 1.5), ("scale", "a")):
-        with pytest.raises((RuntimeError, TypeError), match=name):
+    for name, value in (("kv_cache", [1]), ("window", 1.5), ("scale", "a")):
+        # Not the name alone: PyTorch's message ends with the whole declaration.
+        with pytest.raises(RuntimeError, match=f"for argument '{name}'"):
             ops.attention(**{**right, name: value})
+    refused("attention", {**right, "query": None}, "query", "must be a tensor, got None")
 
 
 TRAP = """
@@ -471,5 +543,5 @@ def test_bad_value_on_a_gpu_is_trapped_on_request():
         [sys.executable, "-c", TRAP], env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode != 0
-    assert "99" in run.stdout + run.stderr
-    assert "attention" in run.stdout + run.stderr
+    message = "paged::attention: block_table[0, 0] must be a block id below 4, got 99"
+    assert message in run.stdout + run.stderr

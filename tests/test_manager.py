@@ -441,7 +441,7 @@ def test_step_is_padded_and_stays_in_place(device):
     assert manager.seq_lens.tolist() == [7, 6, 0, 0]
     with pytest.raises(ValueError, match="pad_to must be at most num_sequences=4, got 5"):
         manager.step([0], pad_to=5)
-    with pytest.raises(ValueError, match="got 9"):
+    with pytest.raises(ValueError, match="that was added, got 9"):
         manager.step([0, 9])
     assert manager.blocks.length(0) == 7
 
@@ -557,7 +557,7 @@ def test_swapped_sequence_waits(device):
     assert state(manager) == before
     manager.free_sequence(0)
     manager.add_sequence(0, 8)
-    with pytest.raises(ValueError, match="got 0"):
+    with pytest.raises(ValueError, match="that was swapped out, got 0"):
         manager.swap_in(0)
 
 
