@@ -78,9 +78,9 @@ def texts_of(checkpoint: Checkpoint, prompts: list[list[int]], step=decode_step,
 
 @pytest.fixture(scope="module")
 def stopping(tiny) -> tuple[Checkpoint, list[list[int]]]:
-    """Stop tokens at which the prompts end apart, and what is written before them."""
+    """Stop tokens at which the prompts end apart, and what each alone writes before them."""
     with torch.no_grad():
-        texts = texts_of(tiny, PROMPTS)
+        texts = [texts_of(tiny, [prompt])[0] for prompt in PROMPTS]
     stops = frozenset({texts[0][15], texts[1][10], texts[2][5]})
     wanted = []
     for text in texts:
