@@ -144,11 +144,11 @@ def timed_us(
 def measure(case: Case, device: torch.device, rounds: int, flex: bool) -> Table:
     torch.manual_seed(0)
     count = min(40, max(2, math.ceil(COLD_BYTES[device.type] / case.kv_bytes)))
-    if case.write:
+    if case.measures == "write":
         rows = [make_rows(case, device) for _ in range(count)]
         calls, results = write_contenders(WRITERS, written_error, rows)
         ceilings = {"copy": row_copies(rows)}
-    elif case.copy:
+    elif case.measures == "copy":
         pairs = [make_pairs(case, device) for _ in range(count)]
         calls, results = write_contenders(COPIERS, copied_error, pairs)
         ceilings = {"copy": block_copies(pairs)}
@@ -161,7 +161,7 @@ def measure(case: Case, device: torch.device, rounds: int, flex: bool) -> Table:
         results[name].us = us.get(name, math.nan)
         results[name].failure = failures.get(name, "")
     ceiling = min((name for name in ceilings if name in us), key=us.__getitem__)
-    moved = 2 * case.kv_bytes if case.write or case.copy else case.kv_bytes
+    moved = case.kv_bytes if case.measures == "attention" else 2 * case.kv_bytes
     return Table(case, moved, ceiling, us[ceiling], results)
 
 
