@@ -14,7 +14,7 @@ import torch
 from decode_loop import Sampling, compile_step, decode_step, keep_nucleus
 from decoder import Config, Decoder, rope_frequencies
 from generate import generate, main, make_manager
-from load import Checkpoint, CheckpointError, find_default, load, read_config
+from load import Checkpoint, CheckpointError, find_default, load, make_chat_renderer, read_config
 from managers import manager_for
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -198,12 +198,79 @@ def broken_folder(tmp_path: Path, **changes) -> Path:
         ({"num_hidden_layers": 3}, "lacks the tensor model.layers.2"),
         ({"num_hidden_layers": 1}, "holds model.layers.1"),
         ({"quantization_config": {}}, "quantised safetensors are not supported"),
+        ({"hidden_size": None}, "config.json .* hidden_size must be a positive int, got nothing"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a positive float, got nothing"),
+        ({"vocab_size": "97"}, "vocab_size must be a positive int, got '97'"),
+        ({"num_key_value_heads": 4}, "num_attention_heads must be a multiple of 4, got 6"),
+        ({"head_dim": 15}, "head_dim must be even, got 15"),
+        ({"hidden_size": 64}, r"lm_head.weight must have shape \(97, 64\), got \(97, 48\)"),
+        # As many rows in all as before, but not in each part.
+        ({"num_attention_heads": 8, "num_key_value_heads": 1}, r"k_proj.* \(16, 48\), got \(32, 4"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "low_freq_factor must be a positive float, got nothing",
+        ),
+        (
+            {"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}},
+            "high_freq_factor must be above low_freq_factor=1.0, got 1.0",
+        ),
     ],
     ids=str,
 )
 def test_folder_that_cannot_be_read(tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message):
         load(broken_folder(tmp_path, **changes), torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{", "Expecting property name"),
+        ("config.json", b"\xff", "codec can't decode"),
+        ("config.json", b"[]", "it must be an object of JSON, got list"),
+        ("model.safetensors", b"garbage", "header"),
+        ("model.safetensors", None, "incomplete|invalid"),
+        ("model.safetensors.index.json", b'{"metadata": {}}', "it lacks 'weight_map'"),
+        ("tokenizer.json", b"{}", "Model missing"),
+        ("generation_config.json", b"{", "Expecting property name"),
+        ("tokenizer_config.json", b'{"bos_token": {}}', "it lacks 'content'"),
+        (
+            "chat_template.jinja",
+            b"\n{% bad %}",
+            "line 2 of the chat template: .* unknown tag 'bad'",
+        ),
+    ],
+)
+def test_broken_file(tmp_path, name, content, message):
+    """The file is named; in place of None it loses its end."""
+    save_tiny(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    where = tmp_path if name.endswith(".jinja") else path
+    with pytest.raises(CheckpointError, match=f"^{where} cannot be read: .*({message})"):
+        load(tmp_path, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        (
+            "{% for i in range(3) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}",
+            "02",
+        ),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "Hi!"),
+        ("{{ strftime_now('%Y') | int > 2000 }}", "True"),
+    ],
+)
+def test_chat_template_may_use_what_transformers_offers(template, text):
+    assert make_chat_renderer(template, {})("Hi") == text
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ nothing.at.all }}"])
+def test_chat_template_that_fails(template):
+    with pytest.raises(CheckpointError, match=r"the chat template refuses this prompt: .*no"):
+        make_chat_renderer(template, {})("Hi")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -217,7 +284,7 @@ def test_folder_that_lacks_a_file(tmp_path, name):
 def test_file_that_is_no_gguf(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"not a model")
-    with pytest.raises(CheckpointError, match="not a readable GGUF file"):
+    with pytest.raises(CheckpointError, match=r"model\.gguf cannot be read: "):
         load(path, torch.float32, CPU)
 
 
