@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generate as generate_command
 import pytest
+import serve_loop as serve_command
 import torch
 from decode_loop import Sampling, compile_step, decode_step, keep_nucleus
 from decoder import Config, Decoder, rope_frequencies
-from generate import generate, main, make_manager
+from generate import generate, main, make_manager, read_prompts
 from load import Checkpoint, CheckpointError, find_default, load, make_chat_renderer, read_config
 from managers import manager_for
 from torch._dynamo.utils import counters
@@ -389,10 +391,16 @@ def test_command_reads_prompts_from_stdin():
         (["hi", "--model", __file__], "neither a checkpoint folder nor a .gguf file"),
         ([""], "a prompt is empty"),
         ([], "no prompt"),
-        (["hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
-        (["hi", "--temperature", "-1"], "--temperature must be 0 or more"),
-        (["hi", "--top-p", "0"], "--top-p must be above 0"),
-        (["hi", "--device", "cpu:x"], "--device cpu:x cannot be used"),
+        (["\udcff"], "a prompt must be UTF-8 text"),
+        (["hi", "--max-new-tokens", "0"], "--max-new-tokens: must be an integer from 1"),
+        (["hi", "--temperature", "-1"], "--temperature: must be 0 or more, got -1"),
+        (["hi", "--temperature", "warm"], "--temperature: must be 0 or more, got warm"),
+        (["hi", "--top-p", "0"], "--top-p: must be above 0 and at most 1, got 0"),
+        (["hi", "--seed", str(2**64)], f"to {2**64 - 1}, got {2**64}"),
+        (["hi", "--check-every", "0"], "--check-every: must be an integer from 1"),
+        (["hi", "--device", "cpu:x"], "--device: cpu:x cannot be used"),
+        (["hi", "--device", "meta"], "--device: must be cpu or cuda, got meta"),
+        (["hi", *TINY, "--block-size", "2000000"], "block_size must be at most 1048576"),
         (["hi", *TINY, "--num-blocks", "2"], "but the cache has 2 (--num-blocks)"),
         (["hi " * 2000, *TINY], "more than the model's context of 4096"),
     ],
@@ -400,10 +408,39 @@ def test_command_reads_prompts_from_stdin():
 )
 def test_command_refuses_in_one_sentence(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    assert main(arguments) == 2
-    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    sentence, *others = capsys.readouterr().err.splitlines()
     assert sentence.startswith("generate.py: ")
     assert message in sentence
+    assert not others
+
+
+def test_prompts_from_a_file_that_is_no_text(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    with pytest.raises(SystemExit):
+        main([])
+    assert "a prompt must be UTF-8 text" in capsys.readouterr().err
+
+
+def test_terminal_is_asked_for_prompts(monkeypatch, capsys):
+    terminal = io.StringIO("Red\nBlue\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    assert read_prompts([], terminal) == ["Red", "Blue"]
+    assert "type a prompt on each line" in capsys.readouterr().err
+    assert read_prompts(["Green"], terminal) == ["Green"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", [generate_command, serve_command])
+def test_help_says_each_default_once(command):
+    """And of each option what it does."""
+    for action in command.make_parser()._actions:
+        assert action.help, action.dest
+        defaults = action.help.count("(default: ")
+        assert defaults == (action.dest not in ("help", "prompts")), action.dest
 
 
 def test_command_exits_with_2_and_no_traceback():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from decoder import Decoder
 from managers import manager_for
 from random_models import SHAPES, random_decoder
-from serve_loop import Request, Server, main, parse_arguments, random_requests
+from serve_loop import Request, Server, main, make_parser, random_requests
 
 CPU = torch.device("cpu")
 
@@ -24,7 +26,7 @@ def model() -> Decoder:
 
 
 def requests(*options: str) -> list[Request]:
-    return random_requests(parse_arguments(list(options)), vocab_size=512)
+    return random_requests(make_parser().parse_args(list(options)), vocab_size=512)
 
 
 def alone(model: Decoder, request: Request) -> list[int]:
@@ -132,7 +134,9 @@ COMMAND = ["--device=cpu", "--requests=4", "--shared=32"]
 
 def test_command(capsys):
     main(COMMAND)
-    assert "prefix hits" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    assert "prefix hits" in report
+    assert re.search(r"computed +\d+ tokens \(prompts have 273\)", report)
 
 
 def test_plot(tmp_path):
@@ -140,3 +144,42 @@ def test_plot(tmp_path):
     image = tmp_path / "blocks.png"
     main([*COMMAND, f"--plot={image}"])
     assert image.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rate 0", "argument --rate: must be at least 0.001, got 0"),
+        ("--rate nan", "argument --rate: must be at least 0.001, got nan"),
+        ("--shared -1", "argument --shared: must be an integer from 0 to 2147483647, got -1"),
+        ("--shared 5000", "argument --shared: must be at most 3984 for this model"),
+        ("--requests 0", "argument --requests: must be an integer from 1"),
+        ("--model nowhere", "nowhere does not exist"),
+        ("--model random:huge", "there are no shapes named huge"),
+        ("--device foo", "argument --device: must be cpu or cuda, got foo"),
+        ("--device cpu:x", "argument --device: cpu:x cannot be used"),
+        ("--watermark 500", "watermark must be at most 400, got 500"),
+        ("--num-blocks 4", "argument --num-blocks: must be at least 39"),
+        ("--max-running 0", "argument --max-running: must be an integer from 1"),
+        ("--tokens-per-step 0", "argument --tokens-per-step: must be an integer from 1"),
+        (
+            "--seed 2e3",
+            "argument --seed: must be an integer from 0 to 18446744073709551615, got 2e3",
+        ),
+    ],
+)
+def test_command_refuses_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    assert exit_.value.code == 2
+    line, *others = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not others
+
+
+def test_plot_that_cannot_be_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit) as exit_:
+        main([*COMMAND, f"--plot={tmp_path / 'blocks.nosuch'}"])
+    assert exit_.value.code == 2
+    assert "blocks.nosuch cannot be written" in capsys.readouterr().err
