@@ -11,6 +11,7 @@ still running. A sequence that ends gives up its blocks and leaves the batch.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections import deque
@@ -284,10 +285,17 @@ def read_prompts(given: list[str], lines: TextIO) -> list[str]:
 
 def encode(checkpoint: Checkpoint, prompts: list[str], raw: bool) -> list[list[int]]:
     """Token ids of each prompt, in the model's chat template if it has one."""
-    if raw or checkpoint.render_chat is None:
-        return [checkpoint.tokenizer.encode(prompt).ids for prompt in prompts]
-    texts = [checkpoint.render_chat(prompt) for prompt in prompts]
-    return [checkpoint.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    templated = not raw and checkpoint.render_chat is not None
+    texts = [checkpoint.render_chat(prompt) for prompt in prompts] if templated else prompts
+    encode_one = checkpoint.tokenizer.encode
+    tokens = [encode_one(text, add_special_tokens=not templated).ids for text in texts]
+    vocab_size = checkpoint.model.config.vocab_size
+    largest = max(itertools.chain.from_iterable(tokens), default=0)
+    if largest >= vocab_size:
+        raise CheckpointError(f"the tokenizer has token {largest}, the model only {vocab_size}")
+    if not all(tokens):
+        raise UsageError("a prompt has no tokens")
+    return tokens
 
 
 def make_manager(
@@ -317,8 +325,6 @@ def run(arguments: argparse.Namespace) -> None:
     prompts, device = read_prompts(arguments.prompts, sys.stdin), arguments.device
     checkpoint = load_model(arguments.model, DTYPES[arguments.dtype], device)
     tokens = encode(checkpoint, prompts, arguments.raw)
-    if not all(tokens):
-        raise UsageError("a prompt has no tokens")
     manager = make_manager(arguments, checkpoint.model, tokens)
     if arguments.compile:
         print("compiling the decode step, which takes a minute at first", file=sys.stderr)

@@ -15,9 +15,10 @@ import serve_loop as serve_command
 import torch
 from decode_loop import Sampling, compile_step, decode_step, keep_nucleus
 from decoder import Config, Decoder, rope_frequencies
-from generate import generate, main, make_manager, read_prompts
+from generate import encode, generate, main, make_manager, read_prompts
 from load import Checkpoint, CheckpointError, find_default, load, make_chat_renderer, read_config
 from managers import manager_for
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -129,8 +130,6 @@ def tiny_config(**changes) -> LlamaConfig:
 
 
 def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     vocabulary = {f"w{i}": i for i in range(97)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -448,6 +447,15 @@ def test_command_exits_with_2_and_no_traceback():
     assert result.returncode == 2
     assert result.stderr == "generate.py: nowhere.gguf does not exist\n"
     assert result.stdout == ""
+
+
+def test_tokens_that_the_model_lacks(tiny):
+    assert encode(tiny, ["w5 w96"], raw=True) == [[5, 96]]
+    tokenizer = Tokenizer.from_str(tiny.tokenizer.to_str())
+    tokenizer.add_tokens(["more"])
+    larger = dataclasses.replace(tiny, tokenizer=tokenizer)
+    with pytest.raises(CheckpointError, match="the tokenizer has token 97, the model only 97"):
+        encode(larger, ["w5", "more"], raw=True)
 
 
 def test_make_manager_holds_the_new_tokens_too(tiny):
