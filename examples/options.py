@@ -48,7 +48,7 @@ def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     return checked(int, f"an integer from {low} to {high}", lambda value: low <= value <= high)
 
 
-def device(text: str) -> torch.device:
+def usable_device(text: str) -> torch.device:
     """A CPU or a GPU that is here."""
     if text.partition(":")[0] not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text}")
@@ -63,7 +63,7 @@ def add_common_options(parser: argparse.ArgumentParser, dtype: str) -> None:
     """Where and in what the model computes, the blocks of its cache, and the seed."""
     parser.add_argument(
         "--device",
-        type=device,
+        type=usable_device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu or cuda (default: cuda where there is a GPU)",
     )

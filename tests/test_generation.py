@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -369,3 +370,30 @@ def test_benchmark_writes_what_it_measures(tmp_path):
         weights = sum(each.nbytes for each in model.parameters()) - model.embedding.weight.nbytes
         assert seconds == pytest.approx((weights + kv) / record["read_bandwidth"])
         assert row["recompiled"] == row["compiled"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "attention.py --device cpu --cases write_kv_2048 nosuch",
+            "must be of b1_ctx8k, .* nosuch",
+        ),
+        ("attention.py --rounds 0", "--rounds: must be an integer from 1"),
+        ("generate.py --cases 1x64 0x32", "--cases: must be sequences x tokens, .* got 0x32"),
+        ("generate.py --cases 2x0", "--cases: must be sequences x tokens, .* got 2x0"),
+        ("generate.py --steps 0", "--steps: must be an integer from 1"),
+        ("generate.py --rounds 0", "--rounds: must be an integer from 1"),
+    ],
+)
+def test_benchmark_refuses_in_one_line(arguments, message):
+    script, *options = arguments.split()
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert re.fullmatch(f"{script}: .*{message}.*\n", result.stderr), result.stderr
+    assert result.stdout == ""
