@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -51,6 +52,9 @@ from peers import (
 from reads import block_copies, reads, row_copies
 from report import OURS, Result, Table, machine, print_case, print_summary, write_json, write_png
 from timing import Call, cuda_graph, host_seconds, in_turn, interleaved, median_ms
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from options import Parser, integer, usable_device
 
 COLD_BYTES = {"cuda": 600e6, "cpu": 1200e6}  # several times the last cache
 REPLAY_BYTES = 2e9  # in one CUDA graph: its launch is then not seen
@@ -144,11 +148,11 @@ def timed_us(
 def measure(case: Case, device: torch.device, rounds: int, flex: bool) -> Table:
     torch.manual_seed(0)
     count = min(40, max(2, math.ceil(COLD_BYTES[device.type] / case.kv_bytes)))
-    if case.write:
+    if case.measures == "write":
         rows = [make_rows(case, device) for _ in range(count)]
         calls, results = write_contenders(WRITERS, written_error, rows)
         ceilings = {"copy": row_copies(rows)}
-    elif case.copy:
+    elif case.measures == "copy":
         pairs = [make_pairs(case, device) for _ in range(count)]
         calls, results = write_contenders(COPIERS, copied_error, pairs)
         ceilings = {"copy": block_copies(pairs)}
@@ -161,7 +165,7 @@ def measure(case: Case, device: torch.device, rounds: int, flex: bool) -> Table:
         results[name].us = us.get(name, math.nan)
         results[name].failure = failures.get(name, "")
     ceiling = min((name for name in ceilings if name in us), key=us.__getitem__)
-    moved = 2 * case.kv_bytes if case.write or case.copy else case.kv_bytes
+    moved = case.kv_bytes if case.measures == "attention" else 2 * case.kv_bytes
     return Table(case, moved, ceiling, us[ceiling], results)
 
 
@@ -182,31 +186,39 @@ def host_costs(device: torch.device, peers: Sequence[Peer]) -> dict[str, float]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cases", type=lambda text: text.split(","), help="names; default: all")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = Parser(description=__doc__.split("\n", 1)[0])
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=here)
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--rounds", type=integer(1), default=15, help="of which the median counts")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too: it compiles long")
     parser.add_argument("--vllm-libs", type=Path, help="a folder with a vllm wheel's libraries")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--png", type=Path, help="draw the shares of the ceiling here")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    cases = cuda_cases() if arguments.device.type == "cuda" else cpu_cases()
+    named = {case.name: case for case in cases}
+    names = ",".join(arguments.cases or named).split(",")  # by commas too
+    unknown = [name for name in names if name not in named]
+    if unknown:
+        parser.error(f"argument --cases: must be of {', '.join(named)}, got {unknown[0]}")
+    arguments.cases = [named[name] for name in names]
+    return arguments
 
 
 @torch.inference_mode()
 def main() -> None:
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
+    device = arguments.device
     about = machine(device)
-    cases = {case.name: case for case in (cuda_cases() if device.type == "cuda" else cpu_cases())}
     load_vllm(arguments.vllm_libs)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     tables: list[Table] = []
-    for name in arguments.cases or cases:
+    for case in arguments.cases:
         try:
-            tables.append(measure(cases[name], device, arguments.rounds, arguments.flex))
+            tables.append(measure(case, device, arguments.rounds, arguments.flex))
         except RuntimeError as error:  # too large for this machine, or a peer broke the device
-            print(f"\n{name}: {first_line(error)}")
+            print(f"\n{case.name}: {first_line(error)}")
             continue
         print_case(tables[-1])
         torch.compiler.reset()

@@ -112,6 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100, help="of the short ones; others a tenth")
     rounds = parser.parse_args().rounds
+    if rounds < 1:
+        parser.error(f"argument --rounds: must be at least 1, got {rounds}")
     tokens = np.random.default_rng(0).integers(0, 128_000, PROMPT)
     short = {
         "step, 1,024 sequences": step(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,10 +27,8 @@ class Case:
     block_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     cache_dtype: torch.dtype | None = None
-    write: bool = False
-    """Whether it measures the writing of the cache; its sequences are new then."""
-    copy: bool = False
-    """Whether it measures the copying of its sequences' blocks to as many others."""
+    measures: Literal["attention", "write", "copy"] = "attention"
+    """Or the writing of its sequences to the cache, or the copying of their blocks to others."""
 
     @property
     def query_lens(self) -> tuple[int, ...]:
@@ -62,7 +61,7 @@ class Case:
     @property
     def flops(self) -> float:
         """Of the two matrix products of causal attention, the masked part not counted."""
-        if self.write or self.copy:
+        if self.measures != "attention":
             return 0.0
         pairs = sum(
             query_len * (seq_len - (query_len - 1) / 2)
@@ -250,8 +249,8 @@ def cuda_cases() -> list[Case]:
         Case("prefill_4x2k", (2048,) * 4, 2048),
         Case("chunks_8x512_on_8k", (8192,) * 8, 512),
         Case("mixed_63x4k_1x2k", (4096,) * 63 + (2048,), (1,) * 63 + (2048,)),
-        Case("write_kv_8192", (8192,), write=True),
-        Case("copy_512_blocks", (8192,), copy=True),
+        Case("write_kv_8192", (8192,), measures="write"),
+        Case("copy_512_blocks", (8192,), measures="copy"),
     ]
 
 
@@ -267,6 +266,6 @@ def cpu_cases() -> list[Case]:
         Case("fp8_mha_b4_ctx2k", (2048,) * 4, num_kv_heads=32, cache_dtype=FLOAT8),
         Case("prefill_1x2k", (2048,), 2048),
         Case("chunk_256_on_2k", (2048,), 256),
-        Case("write_kv_2048", (2048,), write=True),
-        Case("copy_512_blocks", (8192,), copy=True),
+        Case("write_kv_2048", (2048,), measures="write"),
+        Case("copy_512_blocks", (8192,), measures="copy"),
     ]

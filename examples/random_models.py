@@ -1,12 +1,16 @@
-"""Models of known shapes with random weights, made where they are to run: for measuring speed."""
+"""Models by their names on the command line: checkpoints, and random weights of known shapes.
+
+Random weights are made where they are to run, for measuring speed.
+"""
 
 from __future__ import annotations
 
 from math import sqrt
+from pathlib import Path
 
 import torch
 from decoder import Config, Decoder, RMSNorm
-from load import Checkpoint, CheckpointError
+from load import Checkpoint, CheckpointError, load
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
@@ -58,6 +62,18 @@ SHAPES = {
         rope_theta=500000.0,
     ),
 }
+
+
+MODELS = "a checkpoint folder, a GGUF file or, with random weights to measure speed, " + ", ".join(
+    RANDOM_PREFIX + name for name in SHAPES
+)
+
+
+def load_model(model: str | None, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+    """One of MODELS, or the default model; raises CheckpointError."""
+    if model is not None and model.startswith(RANDOM_PREFIX):
+        return random_checkpoint(model.removeprefix(RANDOM_PREFIX), dtype, device)
+    return load(model and Path(model), dtype, device)
 
 
 def random_decoder(

@@ -14,7 +14,7 @@ Generative Models" (OSDI 2022); chunked prefill: Agrawal et al., "SARATHI" (2023
 from __future__ import annotations
 
 import argparse
-import sys
+import importlib.util
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -22,11 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from decoder import Decoder
-from random_models import SHAPES, random_decoder
+from decoder import Config, Decoder
+from load import CheckpointError
+from options import DTYPES, Parser, UsageError, add_common_options, checked, integer, manager_of
+from random_models import MODELS, load_model
 
 from paged_ops import OutOfBlocks, PagedAttentionManager
 from paged_ops.manager import Batch
+
+# Of the requests, tokens at the least and at the most: their own part of the prompt, and new ones.
+OWN_TOKENS, NEW_TOKENS = (4, 64), (8, 48)
 
 
 @dataclass(eq=False)
@@ -78,7 +83,7 @@ class Report:
             (
                 f"throughput   {self.new_tokens / self.seconds:.1f} new tokens/s "
                 f"({self.new_tokens} in {self.steps} steps, {self.seconds:.2f} s)",
-                f"computed     {self.computed_tokens} tokens, of {self.prompt_tokens} in prompts",
+                f"computed     {self.computed_tokens} tokens (prompts have {self.prompt_tokens})",
                 f"prefix hits  {self.tokens_found / max(self.tokens_asked, 1):.1%} of the tokens "
                 "of admitted requests",
                 f"blocks       {peak} of {num_blocks} held at the peak, "
@@ -254,17 +259,36 @@ def random_requests(arguments: argparse.Namespace, vocab_size: int) -> list[Requ
 
     shared, last = text(arguments.shared), int(arguments.requests / arguments.rate)
     return [
-        Request(seq_id, shared + text(number(4, 64)), number(8, 48), arrival=number(0, last))
+        Request(
+            seq_id,
+            shared + text(number(*OWN_TOKENS)),
+            number(*NEW_TOKENS),
+            arrival=number(0, last),
+        )
         for seq_id in range(arguments.requests)
     ]
 
 
+def check_room(options: argparse.Namespace, config: Config) -> None:
+    """Refuse requests that would be too long for the model or the cache."""
+    own = OWN_TOKENS[1] + NEW_TOKENS[1]
+    if options.shared + own > config.max_positions:
+        raise UsageError(
+            f"argument --shared: must be at most {config.max_positions - own} for this model, "
+            f"which has {config.max_positions} positions, got {options.shared}"
+        )
+    needed = -(-(options.shared + own) // options.block_size)
+    if options.num_blocks < needed:
+        raise UsageError(
+            f"argument --num-blocks: must be at least {needed} for requests of "
+            f"{options.shared + own} tokens, got {options.num_blocks}"
+        )
+
+
 def plot(report: Report, path: Path) -> None:
     """Block use over time, as an image."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        sys.exit("serve_loop.py: --plot needs matplotlib; run: pip install matplotlib")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     rows = {name: [getattr(use, name) for use in report.block_use] for name in ("held", "cached")}
@@ -272,54 +296,90 @@ def plot(report: Report, path: Path) -> None:
     axes.set(xlabel="step", ylabel="blocks", xlim=(0, report.steps - 1))
     axes.set_ylim(0, sum(vars(report.block_use[0]).values()))
     axes.legend(loc="lower center")
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # the folder, or the format
+        raise UsageError(f"argument --plot: {path} cannot be written: {error}") from None
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="random:tiny", help=f"{MODELS} (default: %(default)s)")
+    parser.add_argument(
+        "--requests",
+        type=integer(1),
+        default=64,
+        help="how many arrive in all (default: %(default)s)",
     )
-    parser.add_argument("--model", type=Path, help="checkpoint; a random tiny model by default")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=2.0, help="requests that arrive in a step")
-    parser.add_argument("--shared", type=int, default=512, help="tokens of the system prompt")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--num-blocks", type=int, default=400)
-    parser.add_argument("--watermark", type=int, default=4, help="blocks left for running requests")
-    parser.add_argument("--max-running", type=int, default=32)
-    parser.add_argument("--tokens-per-step", type=int, default=256)
-    parser.add_argument("--swap", action="store_true", help="swap preempted requests to the host")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, help="where to save an image of the block use")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--rate",
+        type=checked(float, "at least 0.001", lambda value: value >= 0.001),
+        default=2.0,
+        help="requests that arrive in a step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shared",
+        type=integer(0),
+        default=512,
+        help="tokens of the system prompt, with which all requests begin (default: %(default)s)",
+    )
+    add_common_options(parser, dtype="float32")
+    parser.add_argument(
+        "--num-blocks",
+        type=integer(1),
+        default=400,
+        help="of the cache (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--watermark",
+        type=integer(0),
+        default=4,
+        help="blocks that a new request leaves for those that run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-running",
+        type=integer(1),
+        default=32,
+        help="requests that have been begun, at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens-per-step",
+        type=integer(1),
+        default=256,
+        help="that are computed, at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--swap",
+        action="store_true",
+        help="swap preempted requests to host memory (default: compute them again)",
+    )
+    parser.add_argument(
+        "--plot", type=Path, help="save an image of the block use here (default: none is made)"
+    )
+    return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    if options.model is None:
-        model = random_decoder(SHAPES["tiny"], dtype, device)
-    else:
-        from load import load
-
-        model = load(options.model, dtype, device).model
-    manager = PagedAttentionManager(
-        options.max_running,
-        model.config.num_kv_heads,
-        model.config.head_size,
-        options.block_size,
-        options.num_blocks,
-        device,
-        dtype,
-        model.config.num_layers,
-        watermark=options.watermark,
+def run(options: argparse.Namespace) -> None:
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib; run: pip install matplotlib")
+    model = load_model(options.model, DTYPES[options.dtype], options.device).model
+    check_room(options, model.config)
+    num_running = min(options.max_running, options.requests)
+    manager = manager_of(
+        model, options, num_running, options.num_blocks, watermark=options.watermark
     )
     server = Server(model, manager, tokens_per_step=options.tokens_per_step, swap=options.swap)
     print(server.run(random_requests(options, model.config.vocab_size)))
     if options.plot:
         plot(server.report, options.plot)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
+    try:
+        run(parser.parse_args(arguments))
+    except (UsageError, CheckpointError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from decoder import Decoder
 from paged_ops import PagedAttentionManager
 
 
-def manager_for(model: Decoder, num_sequences: int, num_blocks: int = 64) -> PagedAttentionManager:
+def manager_for(
+    model: Decoder, num_sequences: int, num_blocks: int = 64, watermark: int = 0
+) -> PagedAttentionManager:
     config, weight = model.config, model.embedding.weight
     return PagedAttentionManager(
         num_sequences,
@@ -18,5 +20,5 @@ def manager_for(model: Decoder, num_sequences: int, num_blocks: int = 64) -> Pag
         weight.device,
         weight.dtype,
         config.num_layers,
-        max_seq_len=num_blocks * 16,
+        watermark=watermark,
     )

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generate as generate_command
 import pytest
+import serve_loop as serve_command
 import torch
 from decode_loop import Sampling, compile_step, decode_step, keep_nucleus
 from decoder import Config, Decoder, rope_frequencies
-from generate import generate, main, make_manager
-from load import Checkpoint, CheckpointError, find_default, load, read_config
+from generate import encode, generate, main, make_manager, read_prompts
+from load import Checkpoint, CheckpointError, find_default, load, make_chat_renderer, read_config
 from managers import manager_for
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -60,7 +63,7 @@ def run(checkpoint: Checkpoint, prompts: list[list[int]], step=decode_step, **op
     settings = {"max_new_tokens": 8, "sampling": Sampling(), **options}
     manager = manager_for(checkpoint.model, len(prompts))
     timing = generate(checkpoint, prompts, manager, step, emit=emit, **settings)
-    return outputs, timing, manager
+    return outputs, timing
 
 
 def logits_of(model: Decoder, tokens: list[int]) -> torch.Tensor:
@@ -84,7 +87,7 @@ def test_compiled_loop_writes_the_tokens_of_transformers(smollm, hub_smollm):
     """64 greedy tokens of 3 prompts, decoded together; a stop token ends none of them."""
     endless = dataclasses.replace(smollm, stop_tokens=frozenset())
     prompts = [smollm.tokenizer.encode(prompt).ids for prompt in PROMPTS]
-    outputs, _, _ = run(endless, prompts, compile_step(CPU), max_new_tokens=64)
+    outputs, _ = run(endless, prompts, compile_step(CPU), max_new_tokens=64)
     for prompt, output in zip(prompts, outputs, strict=True):
         wanted = hub_smollm.generate(
             torch.tensor([prompt]),
@@ -127,8 +130,6 @@ def tiny_config(**changes) -> LlamaConfig:
 
 
 def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     vocabulary = {f"w{i}": i for i in range(97)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -198,12 +199,79 @@ def broken_folder(tmp_path: Path, **changes) -> Path:
         ({"num_hidden_layers": 3}, "lacks the tensor model.layers.2"),
         ({"num_hidden_layers": 1}, "holds model.layers.1"),
         ({"quantization_config": {}}, "quantised safetensors are not supported"),
+        ({"hidden_size": None}, "config.json .* hidden_size must be a positive int, got nothing"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a positive float, got nothing"),
+        ({"vocab_size": "97"}, "vocab_size must be a positive int, got '97'"),
+        ({"num_key_value_heads": 4}, "num_attention_heads must be a multiple of 4, got 6"),
+        ({"head_dim": 15}, "head_dim must be even, got 15"),
+        ({"hidden_size": 64}, r"lm_head.weight must have shape \(97, 64\), got \(97, 48\)"),
+        # As many rows in all as before, but not in each part.
+        ({"num_attention_heads": 8, "num_key_value_heads": 1}, r"k_proj.* \(16, 48\), got \(32, 4"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "low_freq_factor must be a positive float, got nothing",
+        ),
+        (
+            {"rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0}},
+            "high_freq_factor must be above low_freq_factor=1.0, got 1.0",
+        ),
     ],
     ids=str,
 )
 def test_folder_that_cannot_be_read(tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message):
         load(broken_folder(tmp_path, **changes), torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{", "Expecting property name"),
+        ("config.json", b"\xff", "codec can't decode"),
+        ("config.json", b"[]", "it must be an object of JSON, got list"),
+        ("model.safetensors", b"garbage", "header"),
+        ("model.safetensors", None, "incomplete|invalid"),
+        ("model.safetensors.index.json", b'{"metadata": {}}', "it lacks 'weight_map'"),
+        ("tokenizer.json", b"{}", "Model missing"),
+        ("generation_config.json", b"{", "Expecting property name"),
+        ("tokenizer_config.json", b'{"bos_token": {}}', "it lacks 'content'"),
+        (
+            "chat_template.jinja",
+            b"\n{% bad %}",
+            "line 2 of the chat template: .* unknown tag 'bad'",
+        ),
+    ],
+)
+def test_broken_file(tmp_path, name, content, message):
+    """The file is named; in place of None it loses its end."""
+    save_tiny(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    where = tmp_path if name.endswith(".jinja") else path
+    with pytest.raises(CheckpointError, match=f"^{where} cannot be read: .*({message})"):
+        load(tmp_path, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        (
+            "{% for i in range(3) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}",
+            "02",
+        ),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "Hi!"),
+        ("{{ strftime_now('%Y') | int > 2000 }}", "True"),
+    ],
+)
+def test_chat_template_may_use_what_transformers_offers(template, text):
+    assert make_chat_renderer(template, {})("Hi") == text
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ nothing.at.all }}"])
+def test_chat_template_that_fails(template):
+    with pytest.raises(CheckpointError, match=r"the chat template refuses this prompt: .*no"):
+        make_chat_renderer(template, {})("Hi")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -217,7 +285,7 @@ def test_folder_that_lacks_a_file(tmp_path, name):
 def test_file_that_is_no_gguf(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"not a model")
-    with pytest.raises(CheckpointError, match="not a readable GGUF file"):
+    with pytest.raises(CheckpointError, match=r"model\.gguf cannot be read: "):
         load(path, torch.float32, CPU)
 
 
@@ -246,23 +314,6 @@ def test_mixed_batch_equals_each_alone(tiny):
     torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_sequences_end_and_leave_the_batch(tiny):
-    """Together they write what each writes alone, though they stop at different times."""
-    prompts = [[3, 4, 5], [6], [7, 8]]
-    endless = dataclasses.replace(tiny, stop_tokens=frozenset())
-    alone = [run(endless, [prompt], max_new_tokens=12)[0][0] for prompt in prompts]
-    stops = frozenset({alone[0][4], alone[1][7]})
-    wanted = []
-    for output in alone:
-        ends = [i for i, token in enumerate(output) if token in stops]
-        wanted.append(output[: ends[0]] if ends else output)
-    assert len({len(output) for output in wanted}) > 1, "the prompts should end apart"
-    stopping = dataclasses.replace(tiny, stop_tokens=stops)
-    outputs, _, manager = run(stopping, prompts, max_new_tokens=12)
-    assert outputs == wanted
-    assert manager.num_free_blocks == manager.blocks.num_blocks
-
-
 def test_the_step_is_compiled_once(tiny):
     """While sequences end (3, 2, 1 in the batch) and all lengths grow past block edges."""
     torch._dynamo.reset()
@@ -279,23 +330,10 @@ def test_the_step_is_compiled_once(tiny):
         step(model, caches, state, sampling)
         seen.append((len(state.seq_lens), counters["stats"]["unique_graphs"]))
 
-    outputs, _, _ = run(stopping, prompts, counted, max_new_tokens=40)
+    outputs, _ = run(stopping, prompts, counted, max_new_tokens=40)
     assert outputs == run(stopping, prompts, max_new_tokens=40)[0]
     assert len({batch_size for batch_size, _ in seen}) > 1
     assert {graphs for _, graphs in seen[2:]} == {seen[1][1]} == {1}
-
-
-def test_sampling(tiny):
-    prompts = [[3, 4, 5], [6]]
-
-    def sampled(seed: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(seed)
-        sampling = Sampling(temperature=1.0, top_p=0.9, generator=generator)
-        return run(tiny, prompts, sampling=sampling, max_new_tokens=20)[0]
-
-    assert sampled(1) == sampled(1)
-    assert sampled(1) != sampled(2)
-    assert run(tiny, prompts)[0] == run(tiny, prompts)[0]
 
 
 def test_nucleus():
@@ -306,7 +344,7 @@ def test_nucleus():
 
 
 def test_timing_report(tiny):
-    _, timing, _ = run(tiny, [[3, 4, 5], [6]], max_new_tokens=6)
+    _, timing = run(tiny, [[3, 4, 5], [6]], max_new_tokens=6)
     report = timing.report()
     assert timing.prefill_tokens == 4
     assert "prefill" in report
@@ -352,10 +390,16 @@ def test_command_reads_prompts_from_stdin():
         (["hi", "--model", __file__], "neither a checkpoint folder nor a .gguf file"),
         ([""], "a prompt is empty"),
         ([], "no prompt"),
-        (["hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
-        (["hi", "--temperature", "-1"], "--temperature must be 0 or more"),
-        (["hi", "--top-p", "0"], "--top-p must be above 0"),
-        (["hi", "--device", "cpu:x"], "--device cpu:x cannot be used"),
+        (["\udcff"], "a prompt must be UTF-8 text"),
+        (["hi", "--max-new-tokens", "0"], "--max-new-tokens: must be an integer from 1"),
+        (["hi", "--temperature", "-1"], "--temperature: must be 0 or more, got -1"),
+        (["hi", "--temperature", "warm"], "--temperature: must be 0 or more, got warm"),
+        (["hi", "--top-p", "0"], "--top-p: must be above 0 and at most 1, got 0"),
+        (["hi", "--seed", str(2**64)], f"to {2**64 - 1}, got {2**64}"),
+        (["hi", "--check-every", "0"], "--check-every: must be an integer from 1"),
+        (["hi", "--device", "cpu:x"], "--device: cpu:x cannot be used"),
+        (["hi", "--device", "meta"], "--device: must be cpu or cuda, got meta"),
+        (["hi", *TINY, "--block-size", "2000000"], "block_size must be at most 1048576"),
         (["hi", *TINY, "--num-blocks", "2"], "but the cache has 2 (--num-blocks)"),
         (["hi " * 2000, *TINY], "more than the model's context of 4096"),
     ],
@@ -363,10 +407,39 @@ def test_command_reads_prompts_from_stdin():
 )
 def test_command_refuses_in_one_sentence(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    assert main(arguments) == 2
-    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    sentence, *others = capsys.readouterr().err.splitlines()
     assert sentence.startswith("generate.py: ")
     assert message in sentence
+    assert not others
+
+
+def test_prompts_from_a_file_that_is_no_text(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    with pytest.raises(SystemExit):
+        main([])
+    assert "a prompt must be UTF-8 text" in capsys.readouterr().err
+
+
+def test_terminal_is_asked_for_prompts(monkeypatch, capsys):
+    terminal = io.StringIO("Red\nBlue\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    assert read_prompts([], terminal) == ["Red", "Blue"]
+    assert "type a prompt on each line" in capsys.readouterr().err
+    assert read_prompts(["Green"], terminal) == ["Green"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", [generate_command, serve_command])
+def test_help_says_each_default_once(command):
+    """And of each option what it does."""
+    for action in command.make_parser()._actions:
+        assert action.help, action.dest
+        defaults = action.help.count("(default: ")
+        assert defaults == (action.dest not in ("help", "prompts")), action.dest
 
 
 def test_command_exits_with_2_and_no_traceback():
@@ -374,6 +447,15 @@ def test_command_exits_with_2_and_no_traceback():
     assert result.returncode == 2
     assert result.stderr == "generate.py: nowhere.gguf does not exist\n"
     assert result.stdout == ""
+
+
+def test_tokens_that_the_model_lacks(tiny):
+    assert encode(tiny, ["w5 w96"], raw=True) == [[5, 96]]
+    tokenizer = Tokenizer.from_str(tiny.tokenizer.to_str())
+    tokenizer.add_tokens(["more"])
+    larger = dataclasses.replace(tiny, tokenizer=tokenizer)
+    with pytest.raises(CheckpointError, match="the tokenizer has token 97, the model only 97"):
+        encode(larger, ["w5", "more"], raw=True)
 
 
 def test_make_manager_holds_the_new_tokens_too(tiny):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -78,9 +79,9 @@ def texts_of(checkpoint: Checkpoint, prompts: list[list[int]], step=decode_step,
 
 @pytest.fixture(scope="module")
 def stopping(tiny) -> tuple[Checkpoint, list[list[int]]]:
-    """Stop tokens at which the prompts end apart, and what is written before them."""
+    """Stop tokens at which the prompts end apart, and what each alone writes before them."""
     with torch.no_grad():
-        texts = texts_of(tiny, PROMPTS)
+        texts = [texts_of(tiny, [prompt])[0] for prompt in PROMPTS]
     stops = frozenset({texts[0][15], texts[1][10], texts[2][5]})
     wanted = []
     for text in texts:
@@ -339,11 +340,12 @@ def test_shapes_have_the_weights_of_their_models(name, billions):
 
 def test_random_model_on_the_command_line(capsys):
     arguments = ["Hi", "--model", "random:tiny", "--no-compile", "--max-new-tokens", "9"]
-    assert main([*arguments, "--check-every", "4"]) == 0
+    main([*arguments, "--check-every", "4"])
     captured = capsys.readouterr()
     assert captured.out.strip()
     assert "tokens/s" in captured.err
-    assert main(["Hi", "--model", "random:huge"]) == 2
+    with pytest.raises(SystemExit):
+        main(["Hi", "--model", "random:huge"])
     assert "no shapes named huge, only tiny, llama-3-8b" in capsys.readouterr().err
 
 
@@ -368,3 +370,30 @@ def test_benchmark_writes_what_it_measures(tmp_path):
         weights = sum(each.nbytes for each in model.parameters()) - model.embedding.weight.nbytes
         assert seconds == pytest.approx((weights + kv) / record["read_bandwidth"])
         assert row["recompiled"] == row["compiled"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "attention.py --device cpu --cases write_kv_2048 nosuch",
+            "must be of b1_ctx8k, .* nosuch",
+        ),
+        ("attention.py --rounds 0", "--rounds: must be an integer from 1"),
+        ("generate.py --cases 1x64 0x32", "--cases: must be sequences x tokens, .* got 0x32"),
+        ("generate.py --cases 2x0", "--cases: must be sequences x tokens, .* got 2x0"),
+        ("generate.py --steps 0", "--steps: must be an integer from 1"),
+        ("generate.py --rounds 0", "--rounds: must be an integer from 1"),
+    ],
+)
+def test_benchmark_refuses_in_one_line(arguments, message):
+    script, *options = arguments.split()
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert re.fullmatch(f"{script}: .*{message}.*\n", result.stderr), result.stderr
+    assert result.stdout == ""
