@@ -98,7 +98,8 @@ RUNS = [
 
 def run_tests(folder: Path, run: Run) -> None:
     files = [f"tests/test_{name}.py" for name in run.files]
-    options = ["-q", "-p", "no:cacheprovider", "-k", run.selection]
+    # Not captured: what the emulation says before it aborts.
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-k", run.selection]
     # The emulated kernels have one thread; those of the reference would only get in its way.
     environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **run.environment}
     result = subprocess.run(
@@ -109,7 +110,7 @@ def run_tests(folder: Path, run: Run) -> None:
         text=True,
         check=False,
     )
-    assert result.returncode == 0, result.stdout[-3000:]
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert " passed" in result.stdout
 
 
