@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
+
+#include "background.h"
 
 dim3 threadIdx, blockIdx, gridDim, blockDim;
 
@@ -38,7 +41,7 @@ int num_threads;
 int current;  // the running fiber
 long progress_made;
 bool trapped;
-unsigned random_state = 12345;
+Random schedule_random(12345);
 
 // Saves the callee-saved registers of x86-64's calling convention and goes on elsewhere.
 __attribute__((naked, noinline)) void switch_stack(void** /*save*/, void* /*to*/) {
@@ -86,31 +89,60 @@ std::vector<int> shuffled_threads() {
   std::vector<int> order(num_threads);
   for (int i = 0; i < num_threads; ++i) order[i] = i;
   for (int i = num_threads - 1; i > 0; --i) {
-    random_state = random_state * 1664525u + 1013904223u;
-    std::swap(order[i], order[(random_state >> 8) % (i + 1)]);
+    std::swap(order[i], order[schedule_random.below(i + 1)]);
   }
   return order;
 }
+
+// Holds some warps up, so that others get ahead of them as far as the barriers let them.
+class Delays {
+ public:
+  void begin_round() {
+    for (int& rounds : left_) rounds = std::max(rounds - 1, 0);
+    if (schedule_random.below(kRoundsBetween) == 0) {
+      left_[schedule_random.below(num_threads / kWarpSize)] = 1 + schedule_random.below(kMost);
+    }
+  }
+  bool holds(int thread) const { return left_[thread / kWarpSize] > 0; }
+  // False: no warp was held up.
+  bool end() {
+    const bool some = *std::max_element(std::begin(left_), std::end(left_)) > 0;
+    std::fill(std::begin(left_), std::end(left_), 0);
+    return some;
+  }
+
+ private:
+  static constexpr int kRoundsBetween = 16, kMost = 64;
+  int left_[kMaxThreads / kWarpSize] = {};  // rounds
+};
 
 bool run_cta() {
   std::fill(std::begin(cta_barriers), std::end(cta_barriers), Barrier{});
   std::fill(std::begin(warp_barriers), std::end(warp_barriers), Barrier{});
   for (int thread = 0; thread < num_threads; ++thread) start_fiber(fibers[thread]);
+  begin_background(num_threads);
   const std::vector<int> order = shuffled_threads();
+  Delays delays;
   for (bool left = true; left;) {
     left = false;
     const long before = progress_made;
+    delays.begin_round();
     for (const int thread : order) {
       if (fibers[thread].done) continue;
       left = true;
+      if (delays.holds(thread)) continue;
       current = thread;
       threadIdx = dim3(thread);
       switch_stack(&scheduler_stack_pointer, fibers[thread].stack_pointer);
       if (trapped) return false;
     }
-    if (left && progress_made == before) fail("a barrier that some threads never reach");
+    const bool stuck = left && progress_made == before;
+    const bool landed = (stuck || schedule_random.below(8) == 0) &&
+                        advance_background(num_threads, schedule_random);
+    if (stuck && !delays.end() && !landed) fail("a barrier that some threads never reach");
   }
   if (cta_barriers[0].arrived != 0) fail("a barrier was left open");
+  end_background(num_threads);
   return true;
 }
 

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the CPU, so that their logic is tested where there is no GPU: included
 // before a .cu file, it makes a C++ compiler take it. One fiber for each thread of a CTA, CTAs one
 // after another; barriers and shuffles switch fibers. A barrier that some threads never reach is
-// found and aborts.
+// found and aborts. Copies and products go on in the background (background.h).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,6 +15,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+
+#include "background.h"
 
 #undef __shared__
 #define __shared__ static

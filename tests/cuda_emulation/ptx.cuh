@@ -25,25 +25,23 @@ inline SharedAddress shared_address(const void* pointer) {
 
 inline unsigned char* dynamic_shared_memory() { return emulation::dynamic_shared_memory(); }
 
-// At once: what is read before it is waited for is not found here.
 inline void copy_async_16(SharedAddress to, const void* from, bool present) {
-  void* const bytes = reinterpret_cast<void*>(to);
   if (to % 16 != 0) emulation::fail("copy_async_16: not aligned");
-  if (!present) {
-    std::memset(bytes, 0, 16);
-    return;
+  if (present && reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    emulation::fail("copy_async_16: not aligned");
   }
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulation::fail("copy_async_16: not aligned");
-  std::memcpy(bytes, from, 16);
+  emulation::copies().copy(reinterpret_cast<void*>(to), present ? from : nullptr);
 }
 using CachePolicy = uint64_t;
 inline CachePolicy evict_first() { return 0; }
 inline void copy_async_16(SharedAddress to, const void* from, bool present, CachePolicy) {
   copy_async_16(to, from, present);
 }
-inline void commit_copies() {}
+inline void commit_copies() { emulation::copies().commit(); }
 template <int kPending>
-void wait_for_copies() {}
+void wait_for_copies() {
+  emulation::copies().wait(kPending);
+}
 
 inline unsigned count_arrival(unsigned* counter, unsigned most) {
   const unsigned before = *counter;

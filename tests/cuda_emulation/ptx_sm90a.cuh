@@ -1,5 +1,4 @@
-// What csrc/cuda/ptx_sm90a.cuh has, on the CPU: takes its place in the emulated build. Products are
-// computed at once: what is read before it is waited for is not found here.
+// What csrc/cuda/ptx_sm90a.cuh has, on the CPU: takes its place in the emulated build.
 #pragma once
 
 #include <cstdint>
@@ -19,14 +18,21 @@ inline void init_barrier(uint64_t& barrier, int arrivals) {
   barrier = static_cast<uint64_t>(arrivals) << 16 | static_cast<uint64_t>(arrivals);
 }
 
-inline void arrive(uint64_t& barrier) {
+inline void count_arrival_at(uint64_t& barrier) {
   if ((barrier & 0xffff) == 0) emulation::fail("arrive: no such barrier");
   const uint64_t expected = barrier >> 16 & 0xffff;
   if ((--barrier & 0xffff) == 0) barrier = (barrier ^ uint64_t{1} << 32) | expected;
   emulation::progress();
 }
 
-inline void arrive_after_copies(uint64_t& barrier) { arrive(barrier); }
+inline void arrive(uint64_t& barrier) {
+  count_arrival_at(barrier);
+  emulation::yield();  // others may go on before this thread does
+}
+
+inline void arrive_after_copies(uint64_t& barrier) {
+  emulation::copies().call_after([&barrier] { count_arrival_at(barrier); });
+}
 
 inline void wait_for_phase(uint64_t& barrier, int parity) {
   while (static_cast<int>(barrier >> 32) == parity) emulation::yield();
@@ -44,10 +50,12 @@ void give_registers_back() {}
 template <int kRegisters>
 void take_registers() {}
 inline void show_to_matrix_units() {}
-inline void begin_products() {}
-inline void commit_products() {}
+inline void begin_products() { emulation::products().begin(); }
+inline void commit_products() { emulation::products().commit(); }
 template <int kPending>
-void wait_for_products() {}
+void wait_for_products() {
+  emulation::products().wait(kPending);
+}
 template <int kParts>
 void pin(float (&)[kParts][4]) {}
 
@@ -91,25 +99,31 @@ void multiply_16(float (*c)[4], A&& a, B&& b) {
 
 template <typename Number, int kColumns>
 void multiply_rows_async(float (*c)[4], SlabMatrix a, SlabMatrix b, bool add) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  if (!add) std::memset(c, 0, sizeof(float) * kColumns / 2);
-  multiply_16<kColumns>(
-      c, [&](int half, int k) { return a.element(Number(), warp * 16 + half * 8 + lane / 4, k); },
-      [&](int k, int column) { return b.element(Number(), column, k); });
+  emulation::products().add(*c, kColumns / 2, [=] {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    if (!add) std::memset(c, 0, sizeof(float) * kColumns / 2);
+    multiply_16<kColumns>(
+        c, [&](int half, int k) { return a.element(Number(), warp * 16 + half * 8 + lane / 4, k); },
+        [&](int k, int column) { return b.element(Number(), column, k); });
+  });
 }
 
 template <typename Number, int kColumns>
 void multiply_columns_async(float (*c)[4], const uint32_t (&a)[4], SlabMatrix b) {
-  uint64_t low[32], high[32];
-  emulation::gather(a[0] | static_cast<uint64_t>(a[1]) << 32, low);
-  const int lane = emulation::gather(a[2] | static_cast<uint64_t>(a[3]) << 32, high);
-  multiply_16<kColumns>(
-      c,
-      [&](int half, int k) {
-        const uint64_t word = (k < 8 ? low : high)[lane / 4 * 4 + k % 8 / 2];
-        return operand(Number(), static_cast<uint32_t>(word >> (32 * half + k % 2 * 16)) & 0xffffu);
-      },
-      [&](int k, int column) { return b.element(Number(), k, column); });
+  // What is in `a` when the product is computed counts.
+  emulation::products().add(*c, kColumns / 2, [c, b, &a] {
+    uint64_t low[32], high[32];
+    emulation::gather(a[0] | static_cast<uint64_t>(a[1]) << 32, low);
+    const int lane = emulation::gather(a[2] | static_cast<uint64_t>(a[3]) << 32, high);
+    multiply_16<kColumns>(
+        c,
+        [&](int half, int k) {
+          const uint64_t word = (k < 8 ? low : high)[lane / 4 * 4 + k % 8 / 2];
+          return operand(Number(),
+                         static_cast<uint32_t>(word >> (32 * half + k % 2 * 16)) & 0xffffu);
+        },
+        [&](int k, int column) { return b.element(Number(), k, column); });
+  });
 }
 
 }  // namespace paged_ops::cuda
