@@ -515,6 +515,17 @@ def test_several_tokens_per_sequence_need_query_start_loc(device):
     refused("attention", arguments, "block_table", "num_seqs=5 (from query), got [3, 2]")
 
 
+@pytest.mark.parametrize("window", [4, 2**31, 2**63 - 1])
+def test_block_ids_are_checked_where_tokens_precede_the_sequence(window):
+    """A sequence of 1 with 5 tokens, and windows with which positions could overflow."""
+    arguments = attention_arguments(torch.device("cpu"))
+    arguments |= {"query_start_loc": torch.tensor([0, 0, 5, 5]).int(), "window": window}
+    arguments["seq_lens"][1] = 1
+    call("attention", arguments)
+    arguments["block_table"][1, 0] = 10**9
+    refused("attention", arguments, "block_table[1, 0]", "got 1000000000")
+
+
 def test_wrong_python_types():
     right = attention_arguments(torch.device("cpu"))
     for name, value in (("kv_cache", [1]), ("window", 1.5), ("scale", "a")):
