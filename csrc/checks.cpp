@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 #include <string>
 
 namespace paged_ops {
@@ -114,15 +115,26 @@ Scale check_scale(const Checker& check, const char* name, const TensorArgument& 
   return {data_of<float>(scale), one ? 0 : 1};
 }
 
+std::string text_of(double number) {
+  std::ostringstream text;
+  text << number;
+  return text.str();
+}
+
+// The kernels compute in float32, with log2(e) times these numbers and with scale / softcap. Well
+// inside its range nothing of it overflows, and no softcap turns into 0, which is none.
 void check_numbers(const Checker& check, const AttentionArguments& args) {
-  if (args.scale.has_value() && !std::isfinite(*args.scale)) {
-    check.fail("scale", "be finite", std::to_string(*args.scale));
+  constexpr double kLeast = 1e-30, kLargest = 1e30;
+  if (args.scale.has_value() && !(std::abs(*args.scale) <= kLargest)) {
+    check.fail("scale", "be finite, from -1e30 to 1e30", text_of(*args.scale));
   }
   if (args.window != -1 && args.window < 1) {
     check.fail("window", "be -1 (no limit) or at least 1", std::to_string(args.window));
   }
-  if (!std::isfinite(args.softcap) || args.softcap < 0) {
-    check.fail("softcap", "be 0 (none) or positive and finite", std::to_string(args.softcap));
+  const bool in_range = args.softcap >= kLeast && args.softcap <= kLargest;
+  if (args.softcap != 0 && !in_range) {
+    check.fail("softcap", "be 0 (none) or positive and finite, from 1e-30 to 1e30",
+               text_of(args.softcap));
   }
 }
 

@@ -526,6 +526,30 @@ def test_block_ids_are_checked_where_tokens_precede_the_sequence(window):
     refused("attention", arguments, "block_table[1, 0]", "got 1000000000")
 
 
+@pytest.mark.parametrize(
+    ("name", "number", "expected"),
+    [
+        ("scale", 1e300, "from -1e30 to 1e30, got 1e+300"),
+        ("scale", -3e38, "from -1e30 to 1e30, got -3e+38"),
+        ("softcap", 1e-60, "from 1e-30 to 1e30, got 1e-60"),
+        ("softcap", 1e-40, "from 1e-30 to 1e30, got 1e-40"),
+        ("softcap", 3e38, "from 1e-30 to 1e30, got 3e+38"),
+        ("softcap", 1e300, "from 1e-30 to 1e30, got 1e+300"),
+    ],
+)
+def test_numbers_beyond_float32(name, number, expected, device):
+    refused("attention", {**attention_arguments(device), name: number}, name, expected)
+
+
+@pytest.mark.parametrize("softcap", [1e-30, 1e30])
+def test_the_least_and_the_largest_softcap(softcap, device):
+    arguments = attention_arguments(device)
+    # All scores within 1e-30 of each other, and all as they were.
+    options = {"scale": 0.0} if softcap < 1 else {}
+    expected = call("attention", {**arguments, **options})
+    torch.testing.assert_close(call("attention", {**arguments, "softcap": softcap}), expected)
+
+
 def test_wrong_python_types():
     right = attention_arguments(torch.device("cpu"))
     for name, value in (("kv_cache", [1]), ("window", 1.5), ("scale", "a")):
