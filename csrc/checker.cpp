@@ -29,29 +29,6 @@ std::string device_name(const Device& device) {
   return (cuda ? "cuda:" : "device:") + std::to_string(device.index);
 }
 
-const char* dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float8_e4m3fn:
-      return "float8_e4m3fn";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Undefined:
-      return "another dtype";
-    default:
-      return torch::headeronly::toString(type);
-  }
-}
-
 std::string expected_shape(std::initializer_list<Size*> sizes) {
   std::ostringstream names, values;
   const char* separator = "";
@@ -78,6 +55,37 @@ std::pair<const char*, const char*> span(const TensorArgument& tensor) {
 }
 
 }  // namespace
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
 
 void Checker::fail(const char* name, const std::string& expected, const std::string& got) const {
   throw std::runtime_error(std::string("paged::") + op_ + ": " + name + " must " + expected +

@@ -49,6 +49,9 @@ class Checker {
   const TensorArgument& anchor_;
 };
 
+// As Python has it, for messages.
+const char* dtype_name(ScalarType type);
+
 DType to_dtype(ScalarType type);
 int32_t to_int32(int64_t value);
 

@@ -37,9 +37,9 @@ void check_cache_dtype(const Checker& check, const char* name, const TensorArgum
                        const char* like_name, const TensorArgument& like) {
   if (cache.dtype == ScalarType::Float8_e4m3fn || cache.dtype == like.dtype) return;
   check.fail(name,
-             std::string("have the dtype of ") + like_name + " (" +
-                 torch::headeronly::toString(like.dtype) + ") or be float8_e4m3fn",
-             torch::headeronly::toString(cache.dtype));
+             std::string("have the dtype of ") + like_name + " (" + dtype_name(like.dtype) +
+                 ") or be float8_e4m3fn",
+             dtype_name(cache.dtype));
 }
 
 void check_sizes(const Checker& check, const char* cache_name, const Sizes& sizes) {
@@ -101,7 +101,7 @@ Scale check_scale(const Checker& check, const char* name, const TensorArgument& 
   check.dtype(name, scale, {ScalarType::Float});
   if (cache.dtype != ScalarType::Float8_e4m3fn) {
     check.fail(name, "be given for a float8_e4m3fn cache only",
-               std::string("a cache of ") + torch::headeronly::toString(cache.dtype));
+               std::string("a cache of ") + dtype_name(cache.dtype));
   }
   const size_t dim = scale.sizes.size();
   const bool one = scale.numel() == 1 && dim <= 1;
