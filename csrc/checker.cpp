@@ -92,11 +92,18 @@ void Checker::fail(const char* name, const std::string& expected, const std::str
                            ", got " + got);
 }
 
-void Checker::device(const char* name, const TensorArgument& tensor) const {
+void Checker::memory(const char* name, const TensorArgument& tensor) const {
   if (!tensor.defined) fail(name, "be a tensor", "None");
-  if (tensor.device == anchor_.device) return;
-  fail(name, "be on " + device_name(anchor_.device) + " like " + anchor_name_,
-       device_name(tensor.device));
+  if (!(tensor.device == anchor_.device)) {
+    fail(name, "be on " + device_name(anchor_.device) + " like " + anchor_name_,
+         device_name(tensor.device));
+  }
+  const auto size = static_cast<uintptr_t>(tensor.element_size());
+  const uintptr_t excess = reinterpret_cast<uintptr_t>(tensor.data) % size;
+  if (excess != 0) {
+    fail(name, "lie at a multiple of " + std::to_string(size) + " bytes, the size of an element",
+         "an address " + std::to_string(excess) + " past one");
+  }
 }
 
 void Checker::dtype(const char* name, const TensorArgument& tensor,

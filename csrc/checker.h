@@ -22,11 +22,11 @@ struct Size {
 
 class Checker {
  public:
-  // Every tensor that is checked has to be on the device of `anchor`.
   Checker(const char* op, const char* anchor_name, const TensorArgument& anchor)
       : op_(op), anchor_name_(anchor_name), anchor_(anchor) {}
 
-  void device(const char* name, const TensorArgument& tensor) const;
+  // A tensor on the device of `anchor`, aligned to its elements.
+  void memory(const char* name, const TensorArgument& tensor) const;
   void dtype(const char* name, const TensorArgument& tensor,
              std::initializer_list<ScalarType> accepted) const;
   // Binds the sizes not yet seen and compares the others.

@@ -27,7 +27,7 @@ struct Sizes {
 
 void check_tokens(const Checker& check, const char* name, const TensorArgument& tensor,
                   Size& num_heads, Sizes& sizes) {
-  check.device(name, tensor);
+  check.memory(name, tensor);
   check.dtype(name, tensor, kFloatTypes);
   check.shape(name, tensor, {&sizes.num_tokens, &num_heads, &sizes.head_size});
   check.unit_stride(name, tensor);
@@ -58,7 +58,7 @@ void check_sizes(const Checker& check, const char* cache_name, const Sizes& size
 }
 
 void check_kv_cache(const Checker& check, const TensorArgument& kv_cache, Sizes& sizes) {
-  check.device("kv_cache", kv_cache);
+  check.memory("kv_cache", kv_cache);
   check.shape(
       "kv_cache", kv_cache,
       {&sizes.num_blocks, &sizes.two, &sizes.block_size, &sizes.num_kv_heads, &sizes.head_size});
@@ -81,7 +81,7 @@ CacheHalf<Pointer> half_of(const TensorArgument& kv_cache, Byte* data, int64_t h
 
 void check_index(const Checker& check, const char* name, const TensorArgument& tensor,
                  ScalarType type, std::initializer_list<Size*> sizes) {
-  check.device(name, tensor);
+  check.memory(name, tensor);
   check.dtype(name, tensor, {type});
   check.shape(name, tensor, sizes);
   check.contiguous(name, tensor);
@@ -97,7 +97,7 @@ const float* check_per_head(const Checker& check, const char* name, const Tensor
 Scale check_scale(const Checker& check, const char* name, const TensorArgument& scale,
                   const TensorArgument& cache, const Size& num_kv_heads) {
   if (!scale.given()) return {nullptr, 0};
-  check.device(name, scale);
+  check.memory(name, scale);
   check.dtype(name, scale, {ScalarType::Float});
   if (cache.dtype != ScalarType::Float8_e4m3fn) {
     check.fail(name, "be given for a float8_e4m3fn cache only",
@@ -141,7 +141,7 @@ void check_numbers(const Checker& check, const AttentionArguments& args) {
 void check_batch(const Checker& check, const TensorArgument& block_table, const char* lens_name,
                  const TensorArgument& lens, const TensorArgument& query_start_loc, Sizes& sizes) {
   if (!query_start_loc.given()) sizes.num_seqs = {"num_seqs", sizes.num_tokens.value, "query"};
-  check.device("block_table", block_table);
+  check.memory("block_table", block_table);
   check.dtype("block_table", block_table, {ScalarType::Int});
   check.shape("block_table", block_table, {&sizes.num_seqs, &sizes.max_blocks});
   check.unit_stride("block_table", block_table);
@@ -234,7 +234,7 @@ void check_out(const char* op, const TensorArgument& out, const TensorArgument& 
   Size num_tokens{"num_tokens", query.sizes[0], "query"};
   Size num_heads{"num_heads", query.sizes[1], "query"};
   Size head_size{"head_size", query.sizes[2], "query"};
-  check.device("out", out);
+  check.memory("out", out);
   check.dtype("out", out, kFloatTypes);
   check.shape("out", out, {&num_tokens, &num_heads, &head_size});
   check.unit_stride("out", out);
@@ -272,7 +272,7 @@ AttentionParams check_paged_attention_v1(const TensorArgument& query,
   check_tokens(check, "query", query, sizes.num_heads, sizes);
   for (const auto& [name, cache] :
        {std::pair{"key_cache", &key_cache}, std::pair{"value_cache", &value_cache}}) {
-    check.device(name, *cache);
+    check.memory(name, *cache);
     check.shape(name, *cache,
                 {&sizes.num_blocks, &sizes.block_size, &sizes.num_kv_heads, &sizes.head_size});
     check.unit_stride(name, *cache);
@@ -369,7 +369,7 @@ MergeStatesParams check_merge_states(const TensorArgument& out_a, const TensorAr
   check_tokens(check, "out_b", out_b, sizes.num_heads, sizes);
   check.dtype("out_b", out_b, {out_a.dtype});
   for (const auto& [name, lse] : {std::pair{"lse_a", &lse_a}, std::pair{"lse_b", &lse_b}}) {
-    check.device(name, *lse);
+    check.memory(name, *lse);
     check.dtype(name, *lse, {ScalarType::Float});
     check.shape(name, *lse, {&sizes.num_tokens, &sizes.num_heads});
   }

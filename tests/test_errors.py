@@ -121,6 +121,12 @@ def expanded(tensor: Tensor) -> Tensor:
     return tensor[:1].expand(tensor.shape)
 
 
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same shape, dtype and values at an odd address, where no tensor of torch lies."""
+    data = bytearray(1) + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return torch.frombuffer(data, dtype=tensor.dtype, offset=1).view(tensor.shape)
+
+
 def put(index: int | tuple[int, ...], value: float) -> Change:
     def change(tensor: Tensor) -> Tensor:
         changed = tensor.clone()
@@ -459,6 +465,19 @@ def test_tensors_on_two_devices_are_found_while_tracing(op, name):
         call(op, right)
         with pytest.raises(RuntimeError, match=f"{op}: {name} must be on cpu like .*got cuda:0"):
             call(op, {**right, name: right[name].to("cuda:0")})
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in RIGHT for name in with_options(op, torch.device("cpu"))]
+)
+def test_misaligned_memory(op, name):
+    """As torch.frombuffer and DLPack let it come."""
+    arguments = RIGHT[op](torch.device("cpu"))
+    if name not in arguments:
+        arguments = with_options(op, torch.device("cpu"))
+    arguments[name] = misaligned(arguments[name])
+    size = arguments[name].element_size()
+    refused(op, arguments, name, f"lie at a multiple of {size} bytes, the size of an element, got")
 
 
 def differentiable(op: str) -> list[str]:
