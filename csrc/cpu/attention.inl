@@ -132,14 +132,12 @@ void attend_unit(const AttentionParams& params, const Schedule& schedule, const 
   finish(params, schedule, unit, space);
 }
 
-// Adds up the partial results of one row in the order of the splits. `sums` is where, and may be
-// the first of them.
+// Adds up the partial results of one row in the order of the splits.
 RunningSoftmax merge_partials(const Partials& partials, int64_t first, int64_t num_splits,
                               int64_t width, float* sums) {
   float max = -kInfinity;
   for (int64_t i = first; i < first + num_splits; ++i) {
-    // A NaN is the maximum, and stays it.
-    if (!(partials.max[i] <= max)) max = partials.max[i];
+    if (partials.max[i] > max) max = partials.max[i];
   }
   const float reference = max == -kInfinity ? 0.0f : max;
   RunningSoftmax total{max, 0.0f};
