@@ -146,15 +146,12 @@ void Checker::contiguous(const char* name, const TensorArgument& tensor) const {
 void Checker::distinct_elements(const char* name, const TensorArgument& tensor) const {
   if (tensor.contiguous()) return;
   const auto sizes = tensor.sizes, strides = tensor.strides;
-  std::array<std::pair<int64_t, int64_t>, 5> dims;  // (stride, size); no argument has more
-  size_t count = 0;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] > 1) dims[count++] = {strides[d], sizes[d]};
-  }
-  std::sort(dims.begin(), dims.begin() + count);
+  std::array<std::pair<int64_t, int64_t>, 5> dims{};  // (stride, size); no argument has more
+  for (size_t d = 0; d < sizes.size(); ++d) dims[d] = {strides[d], sizes[d]};
+  std::sort(dims.begin(), dims.end());
   int64_t reach = 0;  // the furthest offset the smaller strides arrive at
-  for (size_t i = 0; i < count; ++i) {
-    const auto [stride, size] = dims[i];
+  for (const auto& [stride, size] : dims) {
+    if (size <= 1) continue;
     if (stride <= reach) {
       fail(name, "not overlap itself, since it is written", "strides " + bracketed(strides));
     }
