@@ -29,29 +29,6 @@ std::string device_name(const Device& device) {
   return (cuda ? "cuda:" : "device:") + std::to_string(device.index);
 }
 
-const char* dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float8_e4m3fn:
-      return "float8_e4m3fn";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Undefined:
-      return "another dtype";
-    default:
-      return torch::headeronly::toString(type);
-  }
-}
-
 std::string expected_shape(std::initializer_list<Size*> sizes) {
   std::ostringstream names, values;
   const char* separator = "";
@@ -79,16 +56,54 @@ std::pair<const char*, const char*> span(const TensorArgument& tensor) {
 
 }  // namespace
 
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
 void Checker::fail(const char* name, const std::string& expected, const std::string& got) const {
   throw std::runtime_error(std::string("paged::") + op_ + ": " + name + " must " + expected +
                            ", got " + got);
 }
 
-void Checker::device(const char* name, const TensorArgument& tensor) const {
+void Checker::memory(const char* name, const TensorArgument& tensor) const {
   if (!tensor.defined) fail(name, "be a tensor", "None");
-  if (tensor.device == anchor_.device) return;
-  fail(name, "be on " + device_name(anchor_.device) + " like " + anchor_name_,
-       device_name(tensor.device));
+  if (!(tensor.device == anchor_.device)) {
+    fail(name, "be on " + device_name(anchor_.device) + " like " + anchor_name_,
+         device_name(tensor.device));
+  }
+  const auto size = static_cast<uintptr_t>(tensor.element_size());
+  const uintptr_t excess = reinterpret_cast<uintptr_t>(tensor.data) % size;
+  if (excess != 0) {
+    fail(name, "lie at a multiple of " + std::to_string(size) + " bytes, the size of an element",
+         "an address " + std::to_string(excess) + " past one");
+  }
 }
 
 void Checker::dtype(const char* name, const TensorArgument& tensor,
@@ -131,15 +146,12 @@ void Checker::contiguous(const char* name, const TensorArgument& tensor) const {
 void Checker::distinct_elements(const char* name, const TensorArgument& tensor) const {
   if (tensor.contiguous()) return;
   const auto sizes = tensor.sizes, strides = tensor.strides;
-  std::array<std::pair<int64_t, int64_t>, 5> dims;  // (stride, size); no argument has more
-  size_t count = 0;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] > 1) dims[count++] = {strides[d], sizes[d]};
-  }
-  std::sort(dims.begin(), dims.begin() + count);
+  std::array<std::pair<int64_t, int64_t>, 5> dims{};  // (stride, size); no argument has more
+  for (size_t d = 0; d < sizes.size(); ++d) dims[d] = {strides[d], sizes[d]};
+  std::sort(dims.begin(), dims.end());
   int64_t reach = 0;  // the furthest offset the smaller strides arrive at
-  for (size_t i = 0; i < count; ++i) {
-    const auto [stride, size] = dims[i];
+  for (const auto& [stride, size] : dims) {
+    if (size <= 1) continue;
     if (stride <= reach) {
       fail(name, "not overlap itself, since it is written", "strides " + bracketed(strides));
     }

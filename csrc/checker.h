@@ -22,11 +22,11 @@ struct Size {
 
 class Checker {
  public:
-  // Every tensor that is checked has to be on the device of `anchor`.
   Checker(const char* op, const char* anchor_name, const TensorArgument& anchor)
       : op_(op), anchor_name_(anchor_name), anchor_(anchor) {}
 
-  void device(const char* name, const TensorArgument& tensor) const;
+  // A tensor on the device of `anchor`, aligned to its elements.
+  void memory(const char* name, const TensorArgument& tensor) const;
   void dtype(const char* name, const TensorArgument& tensor,
              std::initializer_list<ScalarType> accepted) const;
   // Binds the sizes not yet seen and compares the others.
@@ -48,6 +48,9 @@ class Checker {
   const char* anchor_name_;
   const TensorArgument& anchor_;
 };
+
+// As Python has it, for messages.
+const char* dtype_name(ScalarType type);
 
 DType to_dtype(ScalarType type);
 int32_t to_int32(int64_t value);

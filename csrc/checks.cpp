@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 #include <string>
 
 namespace paged_ops {
@@ -26,7 +27,7 @@ struct Sizes {
 
 void check_tokens(const Checker& check, const char* name, const TensorArgument& tensor,
                   Size& num_heads, Sizes& sizes) {
-  check.device(name, tensor);
+  check.memory(name, tensor);
   check.dtype(name, tensor, kFloatTypes);
   check.shape(name, tensor, {&sizes.num_tokens, &num_heads, &sizes.head_size});
   check.unit_stride(name, tensor);
@@ -36,9 +37,9 @@ void check_cache_dtype(const Checker& check, const char* name, const TensorArgum
                        const char* like_name, const TensorArgument& like) {
   if (cache.dtype == ScalarType::Float8_e4m3fn || cache.dtype == like.dtype) return;
   check.fail(name,
-             std::string("have the dtype of ") + like_name + " (" +
-                 torch::headeronly::toString(like.dtype) + ") or be float8_e4m3fn",
-             torch::headeronly::toString(cache.dtype));
+             std::string("have the dtype of ") + like_name + " (" + dtype_name(like.dtype) +
+                 ") or be float8_e4m3fn",
+             dtype_name(cache.dtype));
 }
 
 void check_sizes(const Checker& check, const char* cache_name, const Sizes& sizes) {
@@ -57,7 +58,7 @@ void check_sizes(const Checker& check, const char* cache_name, const Sizes& size
 }
 
 void check_kv_cache(const Checker& check, const TensorArgument& kv_cache, Sizes& sizes) {
-  check.device("kv_cache", kv_cache);
+  check.memory("kv_cache", kv_cache);
   check.shape(
       "kv_cache", kv_cache,
       {&sizes.num_blocks, &sizes.two, &sizes.block_size, &sizes.num_kv_heads, &sizes.head_size});
@@ -80,7 +81,7 @@ CacheHalf<Pointer> half_of(const TensorArgument& kv_cache, Byte* data, int64_t h
 
 void check_index(const Checker& check, const char* name, const TensorArgument& tensor,
                  ScalarType type, std::initializer_list<Size*> sizes) {
-  check.device(name, tensor);
+  check.memory(name, tensor);
   check.dtype(name, tensor, {type});
   check.shape(name, tensor, sizes);
   check.contiguous(name, tensor);
@@ -96,11 +97,11 @@ const float* check_per_head(const Checker& check, const char* name, const Tensor
 Scale check_scale(const Checker& check, const char* name, const TensorArgument& scale,
                   const TensorArgument& cache, const Size& num_kv_heads) {
   if (!scale.given()) return {nullptr, 0};
-  check.device(name, scale);
+  check.memory(name, scale);
   check.dtype(name, scale, {ScalarType::Float});
   if (cache.dtype != ScalarType::Float8_e4m3fn) {
     check.fail(name, "be given for a float8_e4m3fn cache only",
-               std::string("a cache of ") + torch::headeronly::toString(cache.dtype));
+               std::string("a cache of ") + dtype_name(cache.dtype));
   }
   const size_t dim = scale.sizes.size();
   const bool one = scale.numel() == 1 && dim <= 1;
@@ -114,22 +115,33 @@ Scale check_scale(const Checker& check, const char* name, const TensorArgument& 
   return {data_of<float>(scale), one ? 0 : 1};
 }
 
+std::string text_of(double number) {
+  std::ostringstream text;
+  text << number;
+  return text.str();
+}
+
+// The kernels compute in float32, with log2(e) times these numbers and with scale / softcap. Well
+// inside its range nothing of it overflows, and no softcap turns into 0, which is none.
 void check_numbers(const Checker& check, const AttentionArguments& args) {
-  if (args.scale.has_value() && !std::isfinite(*args.scale)) {
-    check.fail("scale", "be finite", std::to_string(*args.scale));
+  constexpr double kLeast = 1e-30, kLargest = 1e30;
+  if (args.scale.has_value() && !(std::abs(*args.scale) <= kLargest)) {
+    check.fail("scale", "be finite, from -1e30 to 1e30", text_of(*args.scale));
   }
   if (args.window != -1 && args.window < 1) {
     check.fail("window", "be -1 (no limit) or at least 1", std::to_string(args.window));
   }
-  if (!std::isfinite(args.softcap) || args.softcap < 0) {
-    check.fail("softcap", "be 0 (none) or positive and finite", std::to_string(args.softcap));
+  const bool in_range = args.softcap >= kLeast && args.softcap <= kLargest;
+  if (args.softcap != 0 && !in_range) {
+    check.fail("softcap", "be 0 (none) or positive and finite, from 1e-30 to 1e30",
+               text_of(args.softcap));
   }
 }
 
 void check_batch(const Checker& check, const TensorArgument& block_table, const char* lens_name,
                  const TensorArgument& lens, const TensorArgument& query_start_loc, Sizes& sizes) {
   if (!query_start_loc.given()) sizes.num_seqs = {"num_seqs", sizes.num_tokens.value, "query"};
-  check.device("block_table", block_table);
+  check.memory("block_table", block_table);
   check.dtype("block_table", block_table, {ScalarType::Int});
   check.shape("block_table", block_table, {&sizes.num_seqs, &sizes.max_blocks});
   check.unit_stride("block_table", block_table);
@@ -222,7 +234,7 @@ void check_out(const char* op, const TensorArgument& out, const TensorArgument& 
   Size num_tokens{"num_tokens", query.sizes[0], "query"};
   Size num_heads{"num_heads", query.sizes[1], "query"};
   Size head_size{"head_size", query.sizes[2], "query"};
-  check.device("out", out);
+  check.memory("out", out);
   check.dtype("out", out, kFloatTypes);
   check.shape("out", out, {&num_tokens, &num_heads, &head_size});
   check.unit_stride("out", out);
@@ -260,7 +272,7 @@ AttentionParams check_paged_attention_v1(const TensorArgument& query,
   check_tokens(check, "query", query, sizes.num_heads, sizes);
   for (const auto& [name, cache] :
        {std::pair{"key_cache", &key_cache}, std::pair{"value_cache", &value_cache}}) {
-    check.device(name, *cache);
+    check.memory(name, *cache);
     check.shape(name, *cache,
                 {&sizes.num_blocks, &sizes.block_size, &sizes.num_kv_heads, &sizes.head_size});
     check.unit_stride(name, *cache);
@@ -357,7 +369,7 @@ MergeStatesParams check_merge_states(const TensorArgument& out_a, const TensorAr
   check_tokens(check, "out_b", out_b, sizes.num_heads, sizes);
   check.dtype("out_b", out_b, {out_a.dtype});
   for (const auto& [name, lse] : {std::pair{"lse_a", &lse_a}, std::pair{"lse_b", &lse_b}}) {
-    check.device(name, *lse);
+    check.memory(name, *lse);
     check.dtype(name, *lse, {ScalarType::Float});
     check.shape(name, *lse, {&sizes.num_tokens, &sizes.num_heads});
   }

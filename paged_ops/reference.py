@@ -56,7 +56,7 @@ def attend(
     lse = scores.logsumexp(2)
     if sinks is not None:
         lse = torch.where(sees_some, torch.logaddexp(lse, sinks.double()[:, None]), lse)
-    weights = torch.where(mask, torch.exp(scores - lse[..., None]), 0.0)
+    weights = torch.where(scores == -torch.inf, 0.0, torch.exp(scores - lse[..., None]))
     out = torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(group_size, 1))
     return out, lse.transpose(0, 1)
 

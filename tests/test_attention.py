@@ -304,3 +304,50 @@ def test_over_2_31_elements(dtype, device):
     table = torch.tensor([[num_blocks - 1]], dtype=torch.int32, device=device)
     out = ops.attention(query, kv_cache, table, torch.tensor([1], dtype=torch.int32, device=device))
     assert torch.equal(out[0], value[0].to(dtype).bfloat16())
+
+
+@pytest.mark.parametrize("sink", [None, 0.5, -math.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(seq_lens=(40, 5)),
+        MIXED,
+        Case(seq_lens=(2500, 700), num_heads=2),  # in several parts
+        Case(seq_lens=(100, 20), query_lens=(100, 20), num_heads=8),
+    ],
+    ids=str,
+)
+def test_empty_rows_of_infinitely_low_scores(case, dtype, sink, device):
+    """They are as rows that see no key, but for a sink: first all rows, then those that see no
+    more than the first block."""
+    for first_block_only in (False, True):
+        inputs = make_inputs(dataclasses.replace(case, dtype=dtype))
+        inputs.query.abs_().clamp_min_(0.1)
+        if sink is not None:
+            inputs.options["sinks"] = torch.full((case.num_heads,), sink)
+        blocks = inputs.block_table[:, 0].tolist() if first_block_only else slice(None)
+        inputs.kv_cache[blocks, 0, :, :, 3] = -math.inf
+        moved = inputs.to(device)
+        out, lse = ops.attention_lse(*moved.args, **moved.options)
+        expected_out, expected_lse = expected(inputs)
+        assert_accurate(out, expected_out, dtype)
+        assert_accurate(lse, expected_lse, dtype)
+        assert first_block_only or not out.any()
+
+
+@pytest.mark.parametrize("case", [Case(seq_lens=(40, 600)), MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("sink", [None, 0.5, -math.inf], ids=str)
+def test_nan_among_infinitely_low_scores_stays(case, sink, device):
+    inputs = make_inputs(case)
+    inputs.query.abs_().clamp_min_(0.1)
+    if sink is not None:
+        inputs.options["sinks"] = torch.full((case.num_heads,), sink)
+    inputs.kv_cache[:, 0, :, :, 3] = -math.inf
+    inputs.kv_cache[inputs.block_table[0, 0], 0, 0, :, 3] = math.nan
+    moved = inputs.to(device)
+    out, lse = ops.attention_lse(*moved.args, **moved.options)
+    rows = case.query_lens[0] if case.query_lens else 1
+    assert out[:rows].isnan().all()
+    assert lse[:rows].isnan().all()
+    assert not out[rows:].any()

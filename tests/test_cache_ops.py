@@ -206,3 +206,16 @@ def test_a_shared_prefix_is_attended_to_once(query_lens, sinks, device):
         out, lse = out * torch.sigmoid(lse - logits)[..., None], torch.logaddexp(lse, logits)
     assert_accurate(out, whole[0], torch.float32)
     assert_accurate(lse, whole[1], torch.float32)
+
+
+def test_merge_states_keeps_nan(device):
+    """Beside any other side, the empty one included, and in what is merged from the result."""
+    out_a = torch.randn(4, 2, 8)
+    lse_a = torch.full((4, 2), math.nan)
+    for other in (-math.inf, 0.0, math.nan):
+        out_b, lse_b = torch.randn(4, 2, 8), torch.full((4, 2), other)
+        args = [each.to(device) for each in (out_a, lse_a, out_b, lse_b)]
+        for order in (args, args[2:] + args[:2]):
+            out, lse = ops.merge_states(*order)
+            assert out.isnan().all()
+            assert lse.isnan().all()

@@ -121,6 +121,12 @@ def expanded(tensor: Tensor) -> Tensor:
     return tensor[:1].expand(tensor.shape)
 
 
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same shape, dtype and values at an odd address, where no tensor of torch lies."""
+    data = bytearray(1) + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return torch.frombuffer(data, dtype=tensor.dtype, offset=1).view(tensor.shape)
+
+
 def put(index: int | tuple[int, ...], value: float) -> Change:
     def change(tensor: Tensor) -> Tensor:
         changed = tensor.clone()
@@ -157,13 +163,18 @@ MALFORMED: list[tuple[str, str, Change, str]] = [
         lambda t: t.transpose(1, 2),
         "be [num_blocks, 2, block_size, num_kv_heads, head_size]",
     ),
-    ("attention", "kv_cache", to(torch.float16), "dtype of query"),
-    ("attention", "kv_cache", to(torch.float64), "dtype of query"),
+    ("attention", "kv_cache", to(torch.float16), "dtype of query (float32)"),
+    ("attention", "kv_cache", to(torch.float64), "or be float8_e4m3fn, got float64"),
+    ("attention", "kv_cache", to(torch.float8_e5m2), "or be float8_e4m3fn, got float8_e5m2"),
+    ("attention", "kv_cache", to(torch.complex64), "or be float8_e4m3fn, got another dtype"),
     ("attention", "kv_cache", strided, "stride 1 in its last dimension"),
     ("attention", "kv_cache", empty_dim(2), "block_size of at least 1, got 0"),
     ("attention", "kv_cache", empty_dim(3), "at least one KV head, got 0"),
     ("attention", "block_table", to(torch.int64), "int32, got int64"),
     ("attention", "block_table", to(torch.float32), "int32, got float32"),
+    ("attention", "block_table", to(torch.int16), "int32, got int16"),
+    ("attention", "block_table", to(torch.uint8), "int32, got uint8"),
+    ("attention", "block_table", to(torch.bool), "int32, got bool"),
     ("attention", "block_table", flat, "[num_seqs, max_blocks]"),
     ("attention", "block_table", strided, "stride 1"),
     ("attention", "seq_lens", to(torch.int64), "int32, got int64"),
@@ -185,7 +196,7 @@ MALFORMED: list[tuple[str, str, Change, str]] = [
     ("attention", "sinks", const(ones(2)), "num_heads=4 (from query), got [2]"),
     ("attention", "sinks", const(ones(4, 1)), "[num_heads]"),
     ("attention", "sinks", const(ones(4, dtype=torch.bfloat16)), "float32, got bfloat16"),
-    ("attention", "k_scale", const(ones(1)), "float8_e4m3fn cache only"),
+    ("attention", "k_scale", const(ones(1)), "cache only, got a cache of float32"),
     ("attention", "v_scale", const(ones(1)), "float8_e4m3fn cache only"),
     ("attention_lse", "seq_lens", first_two, "num_seqs=3"),
     ("attention_out", "out", first_two, "num_tokens=5 (from query)"),
@@ -456,6 +467,19 @@ def test_tensors_on_two_devices_are_found_while_tracing(op, name):
             call(op, {**right, name: right[name].to("cuda:0")})
 
 
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in RIGHT for name in with_options(op, torch.device("cpu"))]
+)
+def test_misaligned_memory(op, name):
+    """As torch.frombuffer and DLPack let it come."""
+    arguments = RIGHT[op](torch.device("cpu"))
+    if name not in arguments:
+        arguments = with_options(op, torch.device("cpu"))
+    arguments[name] = misaligned(arguments[name])
+    size = arguments[name].element_size()
+    refused(op, arguments, name, f"lie at a multiple of {size} bytes, the size of an element, got")
+
+
 def differentiable(op: str) -> list[str]:
     """The tensors that may require grad: all but the integers."""
     arguments = with_options(op, torch.device("cpu"))
@@ -513,6 +537,41 @@ def test_every_argument_and_result_is_let_go(op, device):
 def test_several_tokens_per_sequence_need_query_start_loc(device):
     arguments = {**attention_arguments(device), "query_start_loc": None}
     refused("attention", arguments, "block_table", "num_seqs=5 (from query), got [3, 2]")
+
+
+@pytest.mark.parametrize("window", [4, 2**31, 2**63 - 1])
+def test_block_ids_are_checked_where_tokens_precede_the_sequence(window):
+    """A sequence of 1 with 5 tokens, and windows with which positions could overflow."""
+    arguments = attention_arguments(torch.device("cpu"))
+    arguments |= {"query_start_loc": torch.tensor([0, 0, 5, 5]).int(), "window": window}
+    arguments["seq_lens"][1] = 1
+    call("attention", arguments)
+    arguments["block_table"][1, 0] = 10**9
+    refused("attention", arguments, "block_table[1, 0]", "got 1000000000")
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "expected"),
+    [
+        ("scale", 1e300, "from -1e30 to 1e30, got 1e+300"),
+        ("scale", -3e38, "from -1e30 to 1e30, got -3e+38"),
+        ("softcap", 1e-60, "from 1e-30 to 1e30, got 1e-60"),
+        ("softcap", 1e-40, "from 1e-30 to 1e30, got 1e-40"),
+        ("softcap", 3e38, "from 1e-30 to 1e30, got 3e+38"),
+        ("softcap", 1e300, "from 1e-30 to 1e30, got 1e+300"),
+    ],
+)
+def test_numbers_beyond_float32(name, number, expected, device):
+    refused("attention", {**attention_arguments(device), name: number}, name, expected)
+
+
+@pytest.mark.parametrize("softcap", [1e-30, 1e30])
+def test_the_least_and_the_largest_softcap(softcap, device):
+    arguments = attention_arguments(device)
+    # All scores within 1e-30 of each other, and all as they were.
+    options = {"scale": 0.0} if softcap < 1 else {}
+    expected = call("attention", {**arguments, **options})
+    torch.testing.assert_close(call("attention", {**arguments, "softcap": softcap}), expected)
 
 
 def test_wrong_python_types():

@@ -22,7 +22,7 @@ struct Ahead {
   const char* next = nullptr;
   int64_t left = 0;
 
-  // To be called `steps` times altogether.
+  // Before the first fetch(), of which there will be `steps` altogether.
   void start(int64_t steps) {
     pace_bytes = (total + steps * kLine - 1) / (steps * kLine) * kLine;
     advance();

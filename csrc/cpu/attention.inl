@@ -30,13 +30,14 @@ void write_unseeing_row(const AttentionParams& params, int64_t token, int64_t he
   write_lse(params, token, head, -kInfinity);
 }
 
-// Normalises one finished row. The sink joins here, once, as a score without a value.
+// Normalises one finished row. The sink joins here, once, as a score without a value. Where every
+// score is -inf the sum is 0, and the row is as one that sees no key.
 void write_row(const AttentionParams& params, int64_t token, int64_t head, const float* sums,
                RunningSoftmax total) {
   float shrink = 1.0f;
   if (params.sinks != nullptr) {
     const float sink = params.sinks[head] * kLog2E;
-    const float max = sink > total.max ? sink : total.max;
+    const float max = total.max > sink ? total.max : sink;  // NaN if the sink is
     if (max != -kInfinity) {
       shrink = std::exp2(total.max - max);
       total = {max, total.sum * shrink + std::exp2(sink - max)};
@@ -45,7 +46,7 @@ void write_row(const AttentionParams& params, int64_t token, int64_t head, const
   const Scale& v_scale = params.v_scale;
   const int64_t kv_head = head / params.group_size();
   const float dequantise = v_scale.data == nullptr ? 1.0f : v_scale.data[kv_head * v_scale.stride];
-  write_out(params, token, head, sums, shrink * dequantise / total.sum);
+  write_out(params, token, head, sums, total.sum == 0 ? 0.0f : shrink * dequantise / total.sum);
   write_lse(params, token, head, (total.max + std::log2(total.sum)) * kLn2);
 }
 
@@ -131,14 +132,12 @@ void attend_unit(const AttentionParams& params, const Schedule& schedule, const 
   finish(params, schedule, unit, space);
 }
 
-// Adds up the partial results of one row in the order of the splits. `sums` is where, and may be
-// the first of them.
+// Adds up the partial results of one row in the order of the splits.
 RunningSoftmax merge_partials(const Partials& partials, int64_t first, int64_t num_splits,
                               int64_t width, float* sums) {
   float max = -kInfinity;
   for (int64_t i = first; i < first + num_splits; ++i) {
-    // A NaN is the maximum, and stays it.
-    if (!(partials.max[i] <= max)) max = partials.max[i];
+    if (partials.max[i] > max) max = partials.max[i];
   }
   const float reference = max == -kInfinity ? 0.0f : max;
   RunningSoftmax total{max, 0.0f};

@@ -19,3 +19,13 @@
 #include "kernels.h"
 #include "schedule.h"
 #include "threads.h"
+
+namespace paged_ops::cpu {
+
+// What a thread has to set up before it multiplies: nothing, where all is done in vectors (see
+// AmxTiles).
+struct NoTiles {
+  explicit NoTiles(int64_t /*num_rows*/) {}
+};
+
+}  // namespace paged_ops::cpu

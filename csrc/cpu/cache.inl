@@ -96,7 +96,8 @@ float merge_weight(float lse, float merged_lse) {
 
 float log_add_exp(float a, float b) {
   const float larger = a > b ? a : b, smaller = a > b ? b : a;
-  return larger == -kInfinity ? larger : larger + std::log1p(std::exp(smaller - larger));
+  // Beside -inf, -inf - -inf would be NaN, and a NaN is to stay one.
+  return larger == -kInfinity ? a + b : larger + std::log1p(std::exp(smaller - larger));
 }
 
 template <typename T>

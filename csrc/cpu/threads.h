@@ -19,12 +19,6 @@ void for_each_unit(int64_t num_units, int64_t max_threads, const Run& run) {
       [](const void* context, int64_t unit) { (*static_cast<const Run*>(context))(unit); }, &run);
 }
 
-// What a thread has to set up before it multiplies: nothing, where all is done in vectors (see
-// AmxTiles).
-struct NoTiles {
-  explicit NoTiles(int64_t /*num_rows*/) {}
-};
-
 // Memory of the calling thread, aligned to 64 bytes, valid until its next call for the same
 // purpose. Its content is undefined. It is kept from call to call: attention allocates nothing once
 // warm.

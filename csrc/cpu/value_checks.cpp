@@ -5,6 +5,8 @@
 #include <string>
 #include <unordered_set>
 
+#include "schedule.h"
+
 namespace paged_ops::cpu {
 namespace {
 
@@ -21,8 +23,9 @@ std::string at(const char* name, int64_t index) {
 // The blocks that the queries of one sequence can see; a window lets the first ones go unread.
 void check_block_ids(const AttentionParams& params, int64_t seq, int64_t query_len) {
   const int64_t seq_len = params.seq_lens[seq];
-  const int64_t first = params.window < 0 ? 0 : seq_len - query_len - params.window + 1;
-  const int64_t first_block = std::max<int64_t>(first, 0) / params.block_size;
+  const int64_t first_position = std::max<int64_t>(seq_len - query_len, 0);
+  const int64_t first_block =
+      visible_keys(params, seq_len, first_position).begin / params.block_size;
   const int64_t end_block = (seq_len + params.block_size - 1) / params.block_size;
   const int32_t* row = params.block_table + seq * params.block_table_stride;
   for (int64_t i = first_block; i < end_block; ++i) {

@@ -104,11 +104,12 @@ inline float reduce_max(Vec x) {
   return _mm_cvtss_f32(_mm_max_ss(best, _mm_movehdup_ps(best)));
 }
 
+// In each half of a vector, the sums of those halves of four rows.
+inline Vec sum_halves(const Vec* row) {
+  return _mm256_hadd_ps(_mm256_hadd_ps(row[0], row[1]), _mm256_hadd_ps(row[2], row[3]));
+}
 inline Vec sum_lanes(const Vec (&rows)[kLanes]) {
-  const auto quad = [](const Vec* row) {
-    return _mm256_hadd_ps(_mm256_hadd_ps(row[0], row[1]), _mm256_hadd_ps(row[2], row[3]));
-  };
-  const Vec low = quad(rows), high = quad(rows + 4);
+  const Vec low = sum_halves(rows), high = sum_halves(rows + 4);
   return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 

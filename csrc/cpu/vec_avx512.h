@@ -90,22 +90,23 @@ inline Vec times_power_of_two(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
 inline float reduce_add(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float reduce_max(Vec x) { return _mm512_reduce_max_ps(x); }
 
+// Both add neighbours, the first pairs of lanes, the second quarters of a vector.
+inline Vec add_pairs(Vec a, Vec b) {
+  const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+  return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+             _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+inline Vec add_quarters(Vec a, Vec b) {
+  return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
 inline Vec sum_lanes(const Vec (&rows)[kLanes]) {
-  const auto join = [](Vec a, Vec b) {
-    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
-               _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  };
-  const auto fold = [](Vec a, Vec b) {
-    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
   Vec pairs[8], quads[4];
   for (int i = 0; i < 8; ++i) {
     const Vec a = rows[2 * i], b = rows[2 * i + 1];
     pairs[i] = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   }
-  for (int i = 0; i < 4; ++i) quads[i] = join(pairs[2 * i], pairs[2 * i + 1]);
-  return fold(fold(quads[0], quads[1]), fold(quads[2], quads[3]));
+  for (int i = 0; i < 4; ++i) quads[i] = add_pairs(pairs[2 * i], pairs[2 * i + 1]);
+  return add_quarters(add_quarters(quads[0], quads[1]), add_quarters(quads[2], quads[3]));
 }
 
 // 1x1 blocks to 2x2 to 4x4, inside each quarter of a vector, then the quarters themselves.
