@@ -146,16 +146,16 @@ def attention(
             reaches may hold anything, NaN included.
         block_table: int32 ``[num_seqs, max_blocks]``.
         seq_lens: int32 ``[num_seqs]``. 0 is allowed: its rows are 0, as are all rows that see no
-            key.
+            key, or whose scores are all ``-inf``.
         query_start_loc: int32 ``[num_seqs + 1]``, not decreasing. Rows outside of it are 0
             (padding). ``None``: ``num_tokens == num_seqs``, one token each. Where a sequence has
             more query tokens than keys, the first of them are before its first key and see none,
             whether ``causal`` or not.
-        scale: what scores are multiplied by; ``head_size ** -0.5`` by default.
+        scale: what scores are multiplied by, from -1e30 to 1e30; ``head_size ** -0.5`` by default.
         causal: whether a token sees only keys at or before its own position.
         window: how many of the latest keys a token sees, its own included; -1 for all. The keys
             after its own are not affected.
-        softcap: the bound on the scores; 0 for none.
+        softcap: the bound on the scores, from 1e-30 to 1e30; 0 for none.
         alibi_slopes: float32 ``[num_heads]`` (Press et al., "Train Short, Test Long", 2021).
         sinks: float32 ``[num_heads]``: a logit per head that enters the denominator only
             (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023).
