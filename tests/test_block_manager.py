@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import reprlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +41,19 @@ def test_out_of_blocks_says_how_many():
         manager.allocate(1, 7)
     assert (error.value.needed, error.value.free) == (4, 1)
     assert isinstance(error.value, RuntimeError)
+
+
+def test_out_of_blocks_reserves_no_memory():
+    def mapped_bytes() -> int:
+        return mmap.PAGESIZE * int(Path("/proc/self/statm").read_text().split()[0])
+
+    manager = BlockManager(num_blocks=8, block_size=1)
+    manager.allocate(0, 0)
+    before = mapped_bytes()
+    for call in (manager.append, manager.reserve):
+        with pytest.raises(OutOfBlocks, match="2147483647 needed, 8 free"):
+            call([0], 2**31 - 1)
+    assert mapped_bytes() - before < 2**30
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,8 @@ void BlockManager::resolve(Ids seq_ids) const {
   }
 }
 
-// All that can fail, for the sequences that the call names: the numbers, the blocks, the memory.
+// Refuses what cannot be done for the sequences that the call names, then reserves the memory of
+// their lists: only for blocks that exist.
 void BlockManager::plan_growth(Span<const int64_t> num_tokens) {
   require_one_each("num_tokens", num_tokens);
   int64_t needed = 0;
@@ -230,9 +231,6 @@ void BlockManager::plan_growth(Span<const int64_t> num_tokens) {
     const int64_t wanted = blocks_for(sequence.length + num_tokens[i]);
     const int64_t held = static_cast<int64_t>(sequence.blocks.size());
     if (wanted > held) needed += wanted - held;
-    if (wanted > static_cast<int64_t>(sequence.blocks.capacity())) {
-      sequence.blocks.reserve(std::max(wanted, 2 * held));
-    }
     if (writes_last_block(sequence)) {
       const int32_t block = last_written_block(&sequence);
       if (pool_.holders(block) > 1) ++writers[block];
@@ -241,6 +239,14 @@ void BlockManager::plan_growth(Span<const int64_t> num_tokens) {
   // Whoever writes last, when all others have left, keeps the block.
   for (const auto& [block, count] : writers) needed += std::min(count, pool_.holders(block) - 1);
   require_blocks(needed);
+  if (needed == 0) return;
+  for (size_t i = 0; i < named_.size(); ++i) {
+    Sequence& sequence = slots_[named_[i]];
+    const int64_t wanted = blocks_for(sequence.length + num_tokens[i]);
+    if (wanted > static_cast<int64_t>(sequence.blocks.capacity())) {
+      sequence.blocks.reserve(std::max(wanted, 2 * static_cast<int64_t>(sequence.blocks.size())));
+    }
+  }
 }
 
 std::vector<BlockPair> BlockManager::hold_growth(Span<const int64_t> num_tokens) {
