@@ -67,7 +67,7 @@ class BlockModel:
         return self.num_blocks - len(self.held_blocks())
 
     def kept_back(self) -> int:
-        return self.watermark if self.held_blocks() - set(self.pinned_blocks()) else 0
+        return self.watermark if any(each.blocks for each in self.sequences.values()) else 0
 
     def marks(self, sequence: Sequence, end: int) -> list[object]:
         return [(sequence.salt, tuple(sequence.tokens[: i + 1])) for i in range(end)]

@@ -152,6 +152,21 @@ def test_watermark_is_left_for_those_that_are_there():
     manager.append([0], 3)
 
 
+def test_watermark_is_left_for_those_that_share_what_is_pinned():
+    manager = BlockManager(4, 2, watermark=1)
+    manager.allocate(0, 4)
+    manager.publish(0, [1, 2, 3, 4])
+    manager.pin([1, 2, 3, 4])
+    manager.free(0)
+    assert manager.can_allocate(4), "a pin alone does not grow"
+    manager.allocate(1, 0)
+    manager.share(1, [1, 2, 3, 4])
+    assert not manager.can_allocate(4)
+    with pytest.raises(OutOfBlocks, match="3 needed, 2 free"):
+        manager.allocate(2, 4)
+    manager.append([1], 1)
+
+
 def test_prefix_is_shared_and_outlives_its_sequence():
     manager = BlockManager(8, 4)
     tokens = list(range(11))

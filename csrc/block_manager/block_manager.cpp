@@ -199,10 +199,14 @@ void BlockManager::require_blocks(int64_t needed) const {
   }
 }
 
-// While nothing but pins holds blocks, no sequence is there to grow, and one may need them all.
-int64_t BlockManager::kept_back() const {
-  const int64_t unheld = pool_.num_free() + pool_.num_evictable();
-  return unheld + static_cast<int64_t>(pins_.size()) == pool_.size() ? 0 : watermark_;
+// While no sequence holds blocks, none is there to grow, and a new one may need them all.
+int64_t BlockManager::kept_back() const { return any_sequence_holds() ? watermark_ : 0; }
+
+bool BlockManager::any_sequence_holds() const {
+  const int64_t held = pool_.size() - pool_.num_free() - pool_.num_evictable();
+  if (held > static_cast<int64_t>(pins_.size())) return true;
+  return std::any_of(pins_.begin(), pins_.end(),
+                     [&](const auto& pin) { return pool_.holders(pin.first) > pin.second; });
 }
 
 void BlockManager::resolve(Ids seq_ids) const {

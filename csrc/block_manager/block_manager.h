@@ -150,6 +150,7 @@ class BlockManager {
   void require_new(int64_t seq_id) const;
   void require_blocks(int64_t needed) const;
   int64_t kept_back() const;
+  bool any_sequence_holds() const;
 
   void resolve(Ids seq_ids) const;
   void require_one_each(const char* argument, Span<const int64_t> numbers) const;
