@@ -1,8 +1,9 @@
 // The blocks of a paged KV cache and the sequences that hold them: reference counts, fork with
 // copy-on-write, prefix caching, and the index tensors of a step. C++17 alone: no torch, no Python.
 //
-// Every operation is all or nothing: one that raises has changed nothing. Every public method locks
-// the manager, so threads may share one; StepBuffers belong to one thread at a time.
+// Every operation is all or nothing: one that raises, be it for want of memory, has changed
+// nothing. Every public method locks the manager, so threads may share one; StepBuffers belong to
+// one thread at a time.
 #pragma once
 
 #include <cstdint>
@@ -155,8 +156,8 @@ class BlockManager {
   void resolve(Ids seq_ids) const;
   void require_one_each(const char* argument, Span<const int64_t> numbers) const;
   void require_length(int64_t seq_id, int64_t length, int64_t num_tokens) const;
-  void plan_growth(Span<const int64_t> num_tokens);
-  std::vector<BlockPair> hold_growth(Span<const int64_t> num_tokens);
+  std::vector<BlockPair> grow(Span<const int64_t> num_tokens);
+  int64_t plan_growth(Span<const int64_t> num_tokens);
   bool writes_last_block(const Sequence& sequence) const;
   int32_t& last_written_block(Sequence* sequence) const;
   void own_last_block(Sequence* sequence, std::vector<BlockPair>* copies);

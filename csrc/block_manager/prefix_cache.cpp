@@ -97,8 +97,20 @@ PrefixCache::Place PrefixCache::find(const int64_t* tokens, const Chain& chain) 
   return {hash, block, block >= 0 && holds(block, tokens, chain.last)};
 }
 
+void PrefixCache::reserve(const int32_t* blocks, int64_t count) {
+  if (count <= 0) return;
+  table_.reserve(table_.size() + count);
+  for (int64_t i = 0; i < count; ++i) {
+    Chunk& chunk = chunks_[static_cast<uint32_t>(blocks[i]) / kChunk];
+    if (!chunk.entries.empty()) continue;
+    std::vector<int64_t> tokens(kChunk * block_size_);
+    chunk.entries.resize(kChunk);
+    chunk.tokens = std::move(tokens);
+  }
+}
+
 void PrefixCache::insert(int32_t block, const int64_t* tokens, Hash128 hash, Chain* chain) {
-  Chunk& chunk = chunk_of(block);
+  Chunk& chunk = chunks_[static_cast<uint32_t>(block) / kChunk];
   table_.insert(hash, block);
   const int64_t place = static_cast<uint32_t>(block) % kChunk;
   std::copy_n(tokens, block_size_, &chunk.tokens[place * block_size_]);
@@ -123,16 +135,6 @@ void PrefixCache::check(int32_t block) const {
                     "a cached block is found by its hash");
   require_invariant(entry(block).previous < entry(block).id,
                     "a prefix is cached before what follows");
-}
-
-PrefixCache::Chunk& PrefixCache::chunk_of(int32_t block) {
-  Chunk& chunk = chunks_[static_cast<uint32_t>(block) / kChunk];
-  if (chunk.entries.empty()) {
-    std::vector<int64_t> tokens(kChunk * block_size_);
-    chunk.entries.resize(kChunk);
-    chunk.tokens = std::move(tokens);
-  }
-  return chunk;
 }
 
 PrefixCache::Entry& PrefixCache::entry(int32_t block) {

@@ -40,7 +40,11 @@ class PrefixCache {
   };
   Place find(const int64_t* tokens, const Chain& chain) const;
 
-  // Enters a block of tokens after the chain, which then ends with it. Its hash must be new.
+  // Room for these blocks: entering them cannot fail.
+  void reserve(const int32_t* blocks, int64_t count);
+
+  // Enters a block of tokens after the chain, which then ends with it. Its hash must be new, and
+  // there must be room.
   void insert(int32_t block, const int64_t* tokens, Hash128 hash, Chain* chain);
   void erase(int32_t block);
 
@@ -66,7 +70,6 @@ class PrefixCache {
   };
 
   Hash128 extend(Hash128 hash, const int64_t* tokens) const;
-  Chunk& chunk_of(int32_t block);
   Entry& entry(int32_t block);
   const Entry& entry(int32_t block) const;
   const int64_t* tokens(int32_t block) const;

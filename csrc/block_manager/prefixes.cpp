@@ -46,6 +46,8 @@ int64_t BlockManager::publish(int64_t seq_id, Tokens tokens, int64_t salt) {
            std::to_string(salt));
   }
   const int64_t num_blocks = tokens.size / block_size_;
+  cache_.reserve(sequence.blocks.data() + sequence.published_blocks,
+                 num_blocks - sequence.published_blocks);
   while (sequence.published_blocks < num_blocks &&
          publish_block(&sequence, tokens.data + sequence.published_blocks * block_size_)) {
     ++sequence.published_blocks;
@@ -77,11 +79,19 @@ bool BlockManager::publish_block(Sequence* sequence, const int64_t* tokens) {
 int64_t BlockManager::pin(Tokens tokens, int64_t salt) {
   const Lock lock(mutex_);
   const std::vector<int32_t> blocks = match_all(tokens, salt);
+  if (blocks.empty()) return 0;
+  // What can fail comes first: the new entries, and room for them.
+  std::unordered_map<int32_t, int32_t> unpinned;
+  for (const int32_t block : blocks) {
+    if (pins_.count(block) == 0) unpinned.emplace(block, 0);
+  }
+  pins_.reserve(pins_.size() + unpinned.size());
+  ++pin_ends_[blocks.back()];
+  pins_.merge(unpinned);
   for (const int32_t block : blocks) {
     ++pins_[block];
     pool_.hold(block);
   }
-  if (!blocks.empty()) ++pin_ends_[blocks.back()];
   return static_cast<int64_t>(blocks.size()) * block_size_;
 }
 
