@@ -127,7 +127,8 @@ class BlockManager:
     def publish(self, seq_id: int, tokens: Integers, salt: int = 0) -> int:
         """Enter the full blocks of a sequence into the prefix cache.
 
-        What an equal prefix has entered already is passed over, and so is what this sequence has.
+        What an equal prefix has entered already is passed over, and so is what this sequence has;
+        but if a prefix that was passed over has been evicted since, it is entered anew.
 
         Args:
             seq_id: the sequence.

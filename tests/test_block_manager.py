@@ -314,6 +314,23 @@ def test_prefix_after_another_than_it_was_published_after():
     manager.check()
 
 
+@pytest.mark.parametrize("published", [4, 6], ids=["at its end", "before its end"])
+def test_publishing_after_an_evicted_prefix_begins_anew(published):
+    manager = BlockManager(9, 2)
+    tokens = list(range(8))
+    manager.allocate(0, 4)
+    manager.publish(0, tokens[:4])
+    manager.allocate(1, published)
+    assert manager.publish(1, tokens[:published]) == published
+    manager.free(0)
+    manager.allocate(2, 2 * (9 - published // 2))
+    manager.free(2)
+    manager.append([1], 8 - published)
+    assert manager.publish(1, tokens) == 8
+    assert manager.lookup(tokens) == 8
+    manager.check()
+
+
 def test_writing_into_a_published_block_unpublishes_it():
     manager = BlockManager(4, 2)
     manager.allocate(0, 4)

@@ -136,10 +136,11 @@ class BlockManager {
     int64_t length = 0;
     std::vector<int32_t> blocks;   // at least blocks_for(length); what is more is reserved
     uint64_t stamp = 0;            // changes when a block that was listed is so no more
+    mutable uint64_t visit = 0;    // the call that named it last
     int64_t published_blocks = 0;  // the first so many are in the cache, or equal to such
     Chain chain;                   // where they end
+    Chain passed;                  // where the last of them ends that is another's block
     int64_t salt = 0;              // that they were published with
-    mutable uint64_t visit = 0;    // the call that named it last
   };
 
   // The private ones expect the lock to be held.
@@ -166,6 +167,7 @@ class BlockManager {
 
   int32_t take();
   void forget(int32_t block);
+  bool goes_on(const Sequence& sequence) const;
   bool publish_block(Sequence* sequence, const int64_t* tokens);
   std::vector<int32_t> match_all(Tokens tokens, int64_t salt) const;
 

@@ -115,7 +115,7 @@ void PrefixCache::insert(int32_t block, const int64_t* tokens, Hash128 hash, Cha
   const int64_t place = static_cast<uint32_t>(block) % kChunk;
   std::copy_n(tokens, block_size_, &chunk.tokens[place * block_size_]);
   chunk.entries[place] = {hash, next_id_++, chain->last, -1};
-  if (chain->block >= 0 && entry(chain->block).id == chain->last) entry(chain->block).next = block;
+  if (chain->block >= 0 && has_end(*chain)) entry(chain->block).next = block;
   *chain = ending_with(block);
 }
 

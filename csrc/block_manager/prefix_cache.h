@@ -51,6 +51,11 @@ class PrefixCache {
   // The chain that ends with an entered block.
   Chain ending_with(int32_t block) const;
 
+  // Whether the entry that the chain ends with is still there; an empty one ends with none.
+  bool has_end(const Chain& chain) const {
+    return chain.block < 0 || entry(chain.block).id == chain.last;
+  }
+
   int64_t size() const { return table_.size(); }
 
   // Verifies that the table leads to each entered block; raises std::logic_error.
