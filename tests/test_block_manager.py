@@ -43,10 +43,11 @@ def test_out_of_blocks_says_how_many():
     assert isinstance(error.value, RuntimeError)
 
 
-def test_out_of_blocks_reserves_no_memory():
-    def mapped_bytes() -> int:
-        return mmap.PAGESIZE * int(Path("/proc/self/statm").read_text().split()[0])
+def mapped_bytes() -> int:
+    return mmap.PAGESIZE * int(Path("/proc/self/statm").read_text().split()[0])
 
+
+def test_out_of_blocks_reserves_no_memory():
     manager = BlockManager(num_blocks=8, block_size=1)
     manager.allocate(0, 0)
     before = mapped_bytes()
@@ -497,6 +498,16 @@ def test_step_past_the_longest_sequence_says_so(step_arrays):
     manager.allocate(0, 6)
     with pytest.raises(ValueError, match=r"sequence 0 must have at most max_seq_len=6 .* got 7"):
         manager.step([0], StepBuffers(**step_arrays))
+
+
+def test_small_pool_of_large_blocks_takes_little_memory():
+    block_size = 65536
+    manager = BlockManager(4, block_size)
+    manager.allocate(0, block_size)
+    before = mapped_bytes()
+    manager.publish(0, np.arange(block_size))
+    assert mapped_bytes() - before < 2**26
+    assert manager.lookup(np.arange(block_size)) == block_size
 
 
 def test_large_pool():

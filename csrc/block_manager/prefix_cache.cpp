@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 #include "errors.h"
 
@@ -35,6 +34,7 @@ uint64_t scramble(uint64_t x) {
 
 PrefixCache::PrefixCache(int64_t num_blocks, int64_t block_size)
     : block_size_(block_size),
+      num_blocks_(num_blocks),
       keys_((block_size + 3) / 4 * 2),
       chunks_((num_blocks + kChunk - 1) / kChunk),
       next_id_(kFirstId) {
@@ -101,11 +101,12 @@ void PrefixCache::reserve(const int32_t* blocks, int64_t count) {
   if (count <= 0) return;
   table_.reserve(table_.size() + count);
   for (int64_t i = 0; i < count; ++i) {
-    Chunk& chunk = chunks_[static_cast<uint32_t>(blocks[i]) / kChunk];
+    const int64_t index = static_cast<uint32_t>(blocks[i]) / kChunk;
+    Chunk& chunk = chunks_[index];
     if (!chunk.entries.empty()) continue;
-    std::vector<int64_t> tokens(kChunk * block_size_);
-    chunk.entries.resize(kChunk);
-    chunk.tokens = std::move(tokens);
+    const int64_t size = std::min<int64_t>(kChunk, num_blocks_ - index * kChunk);
+    chunk.tokens.reset(new int64_t[size * block_size_]);
+    chunk.entries.resize(size);
   }
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "hash_table.h"
@@ -71,7 +72,7 @@ class PrefixCache {
   // Memory for what few blocks of a large pool may ever need.
   struct Chunk {
     std::vector<Entry> entries;
-    std::vector<int64_t> tokens;
+    std::unique_ptr<int64_t[]> tokens;  // not initialized: the system maps what is written alone
   };
 
   Hash128 extend(Hash128 hash, const int64_t* tokens) const;
@@ -81,6 +82,7 @@ class PrefixCache {
   bool holds(int32_t block, const int64_t* tokens, uint64_t previous) const;
 
   int64_t block_size_;
+  int64_t num_blocks_;
   std::vector<uint64_t> keys_;  // of the hash, one for each two places in a block
   std::vector<Chunk> chunks_;
   HashTable table_;
