@@ -4,7 +4,11 @@ from typing import Any
 from typing_extensions import Buffer
 
 Integers = Sequence[int] | Buffer
-"""A sequence of int, or a contiguous array of int64 or int32, which is read where it lies."""
+"""A sequence of int, or a contiguous array of int64 or int32.
+
+Tokens in an array of int64 are read where they lie, without the GIL: change them when the call has
+returned.
+"""
 
 class OutOfBlocks(RuntimeError):
     """Too few blocks for what was asked; nothing has changed."""

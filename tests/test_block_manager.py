@@ -7,6 +7,7 @@ import re
 import reprlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -433,7 +434,20 @@ def test_step_buffers_refuse(step_arrays, name, array):
         StepBuffers(**{**step_arrays, name: array})
 
 
-@pytest.mark.parametrize("tokens", [[1.5, 2], ["a"], [2**63], np.zeros((2, 2), dtype=np.int64), 7])
+TOKEN_MISTAKES = [
+    [1.5, 2],
+    ["a"],
+    "",
+    "12",
+    b"",
+    b"12",
+    [2**63],
+    np.zeros((2, 2), dtype=np.int64),
+    7,
+]
+
+
+@pytest.mark.parametrize("tokens", TOKEN_MISTAKES)
 def test_tokens_are_integers(tokens):
     kinds = "a sequence of int or a contiguous array of int64 or int32 with one dimension"
     got = rf"got {re.escape(reprlib.repr(tokens))}$"
@@ -450,6 +464,54 @@ def test_tokens_are_integers(tokens):
 def test_numbers_are_integers():
     with pytest.raises(TypeError, match=r"num_tokens must be .*, got 1\.5"):
         BlockManager(4, 4).append([0], 1.5)
+
+
+class Shrinking:
+    """An integer that empties the list it stands in when it is read."""
+
+    def __init__(self, items: list[object]) -> None:
+        self.items = items
+
+    def __index__(self) -> int:
+        self.items.clear()
+        return 1
+
+
+def test_tokens_may_change_while_they_are_read():
+    manager = BlockManager(4, 2)
+    manager.allocate(0, 8)
+    manager.publish(0, [1, *range(1_000, 1_007)])
+    for _ in range(20):
+        items: list[object] = []
+        items += [Shrinking(items), *range(1_000, 6_000)]
+        assert manager.lookup(items) == 8
+
+
+def test_counts_may_change_while_they_are_used():
+    """Another thread writes to the array that an append works from: each is read once."""
+    num_sequences, block_size, turns = 200_000, 64, 30
+    manager = BlockManager(num_sequences + 200, block_size)
+    seq_ids = np.arange(num_sequences)
+    for seq_id in range(num_sequences):
+        manager.allocate(seq_id, 0)
+    counts = np.ones(num_sequences, dtype=np.int64)
+    stop = Event()
+
+    def flip() -> None:
+        while not stop.is_set():
+            counts[-1] = 100 * block_size
+            counts[-1] = 1
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(flip)
+        try:
+            for _ in range(turns):
+                manager.append(seq_ids, counts)
+                manager.check()
+                assert manager.length(num_sequences - 1) in (1, 100 * block_size)
+                manager.truncate(num_sequences - 1, 0)
+        finally:
+            stop.set()
 
 
 def test_tokens_of_any_kind_are_the_same():

@@ -24,7 +24,7 @@ using Pairs = std::vector<std::pair<int32_t, int32_t>>;
 constexpr char kSeqIds[] = "seq_ids", kTokens[] = "tokens", kNumTokens[] = "num_tokens",
                kNumNewTokens[] = "num_new_tokens";
 using SeqIds = Integers<kSeqIds>;
-using TokenArray = Integers<kTokens>;
+using TokenArray = Integers<kTokens, true>;
 using Counts = Integers<kNumTokens>;
 using NewTokens = Integers<kNumNewTokens>;
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
