@@ -4,7 +4,11 @@ from typing import Any
 from typing_extensions import Buffer
 
 Integers = Sequence[int] | Buffer
-"""A sequence of int, or a contiguous array of int64 or int32, which is read where it lies."""
+"""A sequence of int, or a contiguous array of int64 or int32.
+
+Tokens in an array of int64 are read where they lie, without the GIL: change them when the call has
+returned.
+"""
 
 class OutOfBlocks(RuntimeError):
     """Too few blocks for what was asked; nothing has changed."""
@@ -127,7 +131,8 @@ class BlockManager:
     def publish(self, seq_id: int, tokens: Integers, salt: int = 0) -> int:
         """Enter the full blocks of a sequence into the prefix cache.
 
-        What an equal prefix has entered already is passed over, and so is what this sequence has.
+        What an equal prefix has entered already is passed over, and so is what this sequence has;
+        but if a prefix that was passed over has been evicted since, it is entered anew.
 
         Args:
             seq_id: the sequence.

@@ -28,9 +28,10 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     published: int = 0
     last: Entry | None = None
+    passed: Entry | None = None  # the last of the published ones that is another's block
 
     def unpublish(self) -> None:
-        self.published, self.last = 0, None
+        self.published, self.last, self.passed = 0, None, None
 
 
 class BlockModel:
@@ -67,7 +68,7 @@ class BlockModel:
         return self.num_blocks - len(self.held_blocks())
 
     def kept_back(self) -> int:
-        return self.watermark if self.held_blocks() - set(self.pinned_blocks()) else 0
+        return self.watermark if any(each.blocks for each in self.sequences.values()) else 0
 
     def marks(self, sequence: Sequence, end: int) -> list[object]:
         return [(sequence.salt, tuple(sequence.tokens[: i + 1])) for i in range(end)]
@@ -110,6 +111,9 @@ class BlockModel:
         """Called when nobody lists the block any more, or fewer do."""
         if self.holders(block) == 0 and block in self.entry_of:
             self.evictable.append(block)
+
+    def has(self, entry: Entry) -> bool:
+        return self.entry_of.get(entry.block) is entry
 
     def forget(self, block: int) -> None:
         del self.entries[self.entry_of.pop(block).key]
@@ -176,6 +180,7 @@ class BlockModel:
             copied.blocks[: self.blocks_for(len(copied.tokens))],
             copied.published,
             copied.last,
+            copied.passed,
         )
 
     def share(self, seq_id: int, tokens: list[int], salt: int) -> int:
@@ -189,6 +194,8 @@ class BlockModel:
 
     def publish(self, seq_id: int, num_tokens: int) -> int:
         sequence = self.sequences[seq_id]
+        if any(entry and not self.has(entry) for entry in (sequence.last, sequence.passed)):
+            sequence.unpublish()
         while sequence.published < num_tokens // self.block_size:
             end = (sequence.published + 1) * self.block_size
             key = (sequence.salt, tuple(sequence.tokens[:end]))
@@ -201,6 +208,8 @@ class BlockModel:
                 if block in self.entry_of:
                     break
                 entry = self.entries[key] = self.entry_of[block] = Entry(key, block, sequence.last)
+            if entry.block != block:
+                sequence.passed = entry
             sequence.last = entry
             sequence.published += 1
         return sequence.published * self.block_size

@@ -1,12 +1,39 @@
-// Works a BlockManager hard, for the sanitizers: tests/sanitize_block_manager.sh.
+// Works a BlockManager hard, for the sanitizers, and without memory:
+// tests/sanitize_block_manager.sh.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
+#include <numeric>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "block_manager.h"
+
+namespace {
+
+// How many allocations of this thread succeed before one fails; negative: all do.
+thread_local int64_t allocations_left = -1;
+
+void* allocate(std::size_t size) {
+  const bool fails = allocations_left == 0;
+  if (allocations_left >= 0) --allocations_left;
+  void* const memory = fails ? nullptr : std::malloc(size);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+}  // namespace
+
+// Not inlined, or g++ takes malloc and delete, or new and free, for a pair that does not match.
+[[gnu::noinline]] void* operator new(std::size_t size) { return allocate(size); }
+[[gnu::noinline]] void* operator new[](std::size_t size) { return allocate(size); }
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete[](void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -167,9 +194,122 @@ int64_t run(int64_t num_blocks, int64_t block_size, int64_t num_threads, int64_t
   return all_back ? done : -1;
 }
 
+// One operation on a manager with shared, published and pinned blocks.
+struct Operation {
+  const char* name;
+  void (*run)(BlockManager* manager);
+};
+
+// Tokens 0, 1, 2 and so on, and the ids of the sequences that grow.
+constexpr int64_t kNumTokens = 160;
+const std::vector<int64_t> kCounting = [] {
+  std::vector<int64_t> tokens(kNumTokens);
+  std::iota(tokens.begin(), tokens.end(), 0);
+  return tokens;
+}();
+const std::vector<int64_t> kGrowing = {1, 2, 3};
+
+paged_ops::Tokens counting(int64_t size) { return {kCounting.data(), size}; }
+paged_ops::Ids growing() { return {kGrowing.data(), static_cast<int64_t>(kGrowing.size())}; }
+
+void set_up(BlockManager* manager) {
+  manager->allocate(1, 6);  // shares its last block with two others
+  manager->fork(1, 2);
+  manager->fork(1, 3);
+  manager->allocate(4, 8);
+  manager->publish(4, counting(8), 0);
+  manager->allocate(5, kNumTokens);
+  for (int64_t seq_id = 6; seq_id < 9; ++seq_id) manager->allocate(seq_id, 0);  // eight in all
+}
+
+const Operation kOperations[] = {
+    {"allocate", [](BlockManager* manager) { manager->allocate(9, 9); }},
+    {"append", [](BlockManager* manager) { manager->append(growing(), 30); }},
+    {"append each",
+     [](BlockManager* manager) {
+       const int64_t counts[] = {9, 1, 20};
+       manager->append(growing(), {counts, 3});
+     }},
+    {"reserve", [](BlockManager* manager) { manager->reserve(growing(), 3); }},
+    {"step",
+     [](BlockManager* manager) {
+       std::vector<int32_t> table(3 * 8), lens(3);
+       std::vector<int64_t> slots(3), positions(3);
+       StepBuffers buffers{3,
+                           8,
+                           table.data(),
+                           lens.data(),
+                           slots.data(),
+                           positions.data(),
+                           std::vector<StepBuffers::Row>(3),
+                           3};
+       manager->step(growing(), &buffers);
+     }},
+    {"truncate", [](BlockManager* manager) { manager->truncate(1, 3); }},
+    {"fork", [](BlockManager* manager) { manager->fork(1, 9); }},
+    {"preempt", [](BlockManager* manager) { manager->preempt(4); }},
+    {"free", [](BlockManager* manager) { manager->free(4); }},
+    {"share", [](BlockManager* manager) { manager->share(6, counting(8), 0); }},
+    {"publish", [](BlockManager* manager) { manager->publish(5, counting(kNumTokens), 1); }},
+    {"pin", [](BlockManager* manager) { manager->pin(counting(8), 0); }},
+    {"reset_prefix_cache", [](BlockManager* manager) { manager->reset_prefix_cache(); }},
+};
+
+std::string describe(const BlockManager& manager) {
+  const paged_ops::State state = manager.state();
+  std::string text;
+  const auto add = [&text](int64_t number) { text += std::to_string(number) + ' '; };
+  for (const int64_t number :
+       {state.num_free_blocks, state.num_evictable_blocks, state.num_cached_blocks,
+        state.num_pinned_blocks, state.prefix.shares, state.prefix.blocks_published}) {
+    add(number);
+  }
+  for (const paged_ops::SequenceState& sequence : state.sequences) {
+    for (const int64_t number : {sequence.seq_id, sequence.length, sequence.published_blocks}) {
+      add(number);
+    }
+    for (const int32_t block : sequence.blocks) add(block);
+  }
+  return text;
+}
+
+// Whether a failure of each allocation in turn leaves everything as it was, and ready for another
+// try.
+bool survives_without_memory(const Operation& operation) {
+  for (int64_t allowed = 0;; ++allowed) {
+    BlockManager manager(100, 4, 0, paged_ops::kLongest);
+    set_up(&manager);
+    const std::string before = describe(manager);
+    allocations_left = allowed;
+    try {
+      operation.run(&manager);
+      const bool failed = allocations_left < 0;
+      allocations_left = -1;
+      if (!failed) return true;
+      std::printf("%s hides that allocation %d failed\n", operation.name,
+                  static_cast<int>(allowed));
+      return false;
+    } catch (const std::bad_alloc&) {
+      manager.check();
+      if (describe(manager) != before) {
+        std::printf("%s has changed something when allocation %d fails\n", operation.name,
+                    static_cast<int>(allowed));
+        return false;
+      }
+      operation.run(&manager);
+      manager.check();
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  bool survives = true;
+  for (const Operation& operation : kOperations) {
+    survives = survives_without_memory(operation) && survives;
+  }
+  if (!survives) return EXIT_FAILURE;
   for (const int64_t num_threads : {1, 4}) {
     for (const int64_t block_size : {1, 3, 4}) {
       const int64_t num_operations = 20000 / num_threads;

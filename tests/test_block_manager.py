@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import reprlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -39,6 +42,20 @@ def test_out_of_blocks_says_how_many():
         manager.allocate(1, 7)
     assert (error.value.needed, error.value.free) == (4, 1)
     assert isinstance(error.value, RuntimeError)
+
+
+def mapped_bytes() -> int:
+    return mmap.PAGESIZE * int(Path("/proc/self/statm").read_text().split()[0])
+
+
+def test_out_of_blocks_reserves_no_memory():
+    manager = BlockManager(num_blocks=8, block_size=1)
+    manager.allocate(0, 0)
+    before = mapped_bytes()
+    for call in (manager.append, manager.reserve):
+        with pytest.raises(OutOfBlocks, match="2147483647 needed, 8 free"):
+            call([0], 2**31 - 1)
+    assert mapped_bytes() - before < 2**30
 
 
 @pytest.mark.parametrize(
@@ -135,6 +152,21 @@ def test_watermark_is_left_for_those_that_are_there():
         manager.allocate(1, 2)
     assert (error.value.needed, error.value.free, error.value.evictable) == (4, 3, 0)
     manager.append([0], 3)
+
+
+def test_watermark_is_left_for_those_that_share_what_is_pinned():
+    manager = BlockManager(4, 2, watermark=1)
+    manager.allocate(0, 4)
+    manager.publish(0, [1, 2, 3, 4])
+    manager.pin([1, 2, 3, 4])
+    manager.free(0)
+    assert manager.can_allocate(4), "a pin alone does not grow"
+    manager.allocate(1, 0)
+    manager.share(1, [1, 2, 3, 4])
+    assert not manager.can_allocate(4)
+    with pytest.raises(OutOfBlocks, match="3 needed, 2 free"):
+        manager.allocate(2, 4)
+    manager.append([1], 1)
 
 
 def test_prefix_is_shared_and_outlives_its_sequence():
@@ -284,6 +316,23 @@ def test_prefix_after_another_than_it_was_published_after():
     manager.check()
 
 
+@pytest.mark.parametrize("published", [4, 6], ids=["at its end", "before its end"])
+def test_publishing_after_an_evicted_prefix_begins_anew(published):
+    manager = BlockManager(9, 2)
+    tokens = list(range(8))
+    manager.allocate(0, 4)
+    manager.publish(0, tokens[:4])
+    manager.allocate(1, published)
+    assert manager.publish(1, tokens[:published]) == published
+    manager.free(0)
+    manager.allocate(2, 2 * (9 - published // 2))
+    manager.free(2)
+    manager.append([1], 8 - published)
+    assert manager.publish(1, tokens) == 8
+    assert manager.lookup(tokens) == 8
+    manager.check()
+
+
 def test_writing_into_a_published_block_unpublishes_it():
     manager = BlockManager(4, 2)
     manager.allocate(0, 4)
@@ -385,7 +434,20 @@ def test_step_buffers_refuse(step_arrays, name, array):
         StepBuffers(**{**step_arrays, name: array})
 
 
-@pytest.mark.parametrize("tokens", [[1.5, 2], ["a"], [2**63], np.zeros((2, 2), dtype=np.int64), 7])
+TOKEN_MISTAKES = [
+    [1.5, 2],
+    ["a"],
+    "",
+    "12",
+    b"",
+    b"12",
+    [2**63],
+    np.zeros((2, 2), dtype=np.int64),
+    7,
+]
+
+
+@pytest.mark.parametrize("tokens", TOKEN_MISTAKES)
 def test_tokens_are_integers(tokens):
     kinds = "a sequence of int or a contiguous array of int64 or int32 with one dimension"
     got = rf"got {re.escape(reprlib.repr(tokens))}$"
@@ -402,6 +464,54 @@ def test_tokens_are_integers(tokens):
 def test_numbers_are_integers():
     with pytest.raises(TypeError, match=r"num_tokens must be .*, got 1\.5"):
         BlockManager(4, 4).append([0], 1.5)
+
+
+class Shrinking:
+    """An integer that empties the list it stands in when it is read."""
+
+    def __init__(self, items: list[object]) -> None:
+        self.items = items
+
+    def __index__(self) -> int:
+        self.items.clear()
+        return 1
+
+
+def test_tokens_may_change_while_they_are_read():
+    manager = BlockManager(4, 2)
+    manager.allocate(0, 8)
+    manager.publish(0, [1, *range(1_000, 1_007)])
+    for _ in range(20):
+        items: list[object] = []
+        items += [Shrinking(items), *range(1_000, 6_000)]
+        assert manager.lookup(items) == 8
+
+
+def test_counts_may_change_while_they_are_used():
+    """Another thread writes to the array that an append works from: each is read once."""
+    num_sequences, block_size, turns = 200_000, 64, 30
+    manager = BlockManager(num_sequences + 200, block_size)
+    seq_ids = np.arange(num_sequences)
+    for seq_id in range(num_sequences):
+        manager.allocate(seq_id, 0)
+    counts = np.ones(num_sequences, dtype=np.int64)
+    stop = Event()
+
+    def flip() -> None:
+        while not stop.is_set():
+            counts[-1] = 100 * block_size
+            counts[-1] = 1
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(flip)
+        try:
+            for _ in range(turns):
+                manager.append(seq_ids, counts)
+                manager.check()
+                assert manager.length(num_sequences - 1) in (1, 100 * block_size)
+                manager.truncate(num_sequences - 1, 0)
+        finally:
+            stop.set()
 
 
 def test_tokens_of_any_kind_are_the_same():
@@ -450,6 +560,16 @@ def test_step_past_the_longest_sequence_says_so(step_arrays):
     manager.allocate(0, 6)
     with pytest.raises(ValueError, match=r"sequence 0 must have at most max_seq_len=6 .* got 7"):
         manager.step([0], StepBuffers(**step_arrays))
+
+
+def test_small_pool_of_large_blocks_takes_little_memory():
+    block_size = 65536
+    manager = BlockManager(4, block_size)
+    manager.allocate(0, block_size)
+    before = mapped_bytes()
+    manager.publish(0, np.arange(block_size))
+    assert mapped_bytes() - before < 2**26
+    assert manager.lookup(np.arange(block_size)) == block_size
 
 
 def test_large_pool():

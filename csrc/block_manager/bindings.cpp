@@ -24,7 +24,7 @@ using Pairs = std::vector<std::pair<int32_t, int32_t>>;
 constexpr char kSeqIds[] = "seq_ids", kTokens[] = "tokens", kNumTokens[] = "num_tokens",
                kNumNewTokens[] = "num_new_tokens";
 using SeqIds = Integers<kSeqIds>;
-using TokenArray = Integers<kTokens>;
+using TokenArray = Integers<kTokens, true>;
 using Counts = Integers<kNumTokens>;
 using NewTokens = Integers<kNumNewTokens>;
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
@@ -133,7 +133,10 @@ Pairs step(BlockManager& manager, const SeqIds& seq_ids, ArrayStepBuffers& buffe
 
 py::dict state(const BlockManager& manager) {
   using namespace py::literals;
-  const State state = manager.state();
+  const State state = [&] {
+    const py::gil_scoped_release released;
+    return manager.state();
+  }();
   const PrefixStatistics& prefix = state.prefix;
   py::dict sequences;
   for (const SequenceState& sequence : state.sequences) {
@@ -201,6 +204,9 @@ void bind_prefixes(py::class_<BlockManager>& type) {
 
 void bind_inspection(py::class_<BlockManager>& type) {
   const py::arg seq_id("seq_id");
+  const auto locking = [](int64_t (BlockManager::*count)() const) {
+    return py::cpp_function(count, ReleaseGil());
+  };
   type.def("length", &BlockManager::length, seq_id, ReleaseGil())
       .def("blocks", &BlockManager::blocks, seq_id, ReleaseGil())
       .def("ref_count", &BlockManager::ref_count, py::arg("block"), ReleaseGil())
@@ -212,9 +218,9 @@ void bind_inspection(py::class_<BlockManager>& type) {
       .def_property_readonly("block_size", &BlockManager::block_size)
       .def_property_readonly("watermark", &BlockManager::watermark)
       .def_property_readonly("max_seq_len", &BlockManager::max_seq_len)
-      .def_property_readonly("num_free_blocks", &BlockManager::num_free_blocks)
-      .def_property_readonly("num_evictable_blocks", &BlockManager::num_evictable_blocks)
-      .def_property_readonly("num_sequences", &BlockManager::num_sequences);
+      .def_property_readonly("num_free_blocks", locking(&BlockManager::num_free_blocks))
+      .def_property_readonly("num_evictable_blocks", locking(&BlockManager::num_evictable_blocks))
+      .def_property_readonly("num_sequences", locking(&BlockManager::num_sequences));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <string>
+#include <utility>
 
 namespace paged_ops {
 namespace {
@@ -63,8 +64,7 @@ bool BlockManager::can_allocate(int64_t num_tokens) const {
 std::vector<BlockPair> BlockManager::append(Ids seq_ids, Span<const int64_t> num_tokens) {
   const Lock lock(mutex_);
   resolve(seq_ids);
-  plan_growth(num_tokens);
-  std::vector<BlockPair> copies = hold_growth(num_tokens);
+  std::vector<BlockPair> copies = grow(num_tokens);
   for (size_t i = 0; i < named_.size(); ++i) slots_[named_[i]].length += num_tokens[i];
   return copies;
 }
@@ -81,8 +81,7 @@ std::vector<BlockPair> BlockManager::reserve(Ids seq_ids, int64_t num_tokens) {
   resolve(seq_ids);
   const std::vector<int64_t> each(seq_ids.size, num_tokens);
   const Span<const int64_t> growth{each.data(), seq_ids.size};
-  plan_growth(growth);
-  return hold_growth(growth);
+  return grow(growth);
 }
 
 void BlockManager::truncate(int64_t seq_id, int64_t num_tokens) {
@@ -175,13 +174,17 @@ int32_t BlockManager::slot_of(int64_t seq_id) const {
 }
 
 BlockManager::Sequence& BlockManager::add(int64_t seq_id) {
-  if (free_slots_.empty()) {
-    free_slots_.push_back(static_cast<int32_t>(slots_.size()));
-    slots_.emplace_back();
+  const bool is_new = free_slots_.empty();
+  const int32_t slot = is_new ? static_cast<int32_t>(slots_.size()) : free_slots_.back();
+  if (is_new && slots_.size() == slots_.capacity()) {
+    slots_.reserve(std::max<size_t>(2 * slots_.size(), 1));
   }
-  const int32_t slot = free_slots_.back();
-  slot_of_.emplace(seq_id, slot);
-  free_slots_.pop_back();
+  slot_of_.emplace(seq_id, slot);  // the last that can fail
+  if (is_new) {
+    slots_.emplace_back();
+  } else {
+    free_slots_.pop_back();
+  }
   slots_[slot].seq_id = seq_id;
   slots_[slot].stamp = new_stamp();
   return slots_[slot];
@@ -199,10 +202,14 @@ void BlockManager::require_blocks(int64_t needed) const {
   }
 }
 
-// While nothing but pins holds blocks, no sequence is there to grow, and one may need them all.
-int64_t BlockManager::kept_back() const {
-  const int64_t unheld = pool_.num_free() + pool_.num_evictable();
-  return unheld + static_cast<int64_t>(pins_.size()) == pool_.size() ? 0 : watermark_;
+// While no sequence holds blocks, none is there to grow, and a new one may need them all.
+int64_t BlockManager::kept_back() const { return any_sequence_holds() ? watermark_ : 0; }
+
+bool BlockManager::any_sequence_holds() const {
+  const int64_t held = pool_.size() - pool_.num_free() - pool_.num_evictable();
+  if (held > static_cast<int64_t>(pins_.size())) return true;
+  return std::any_of(pins_.begin(), pins_.end(),
+                     [&](const auto& pin) { return pool_.holders(pin.first) > pin.second; });
 }
 
 void BlockManager::resolve(Ids seq_ids) const {
@@ -218,20 +225,36 @@ void BlockManager::resolve(Ids seq_ids) const {
   }
 }
 
-// All that can fail, for the sequences that the call names: the numbers, the blocks, the memory.
-void BlockManager::plan_growth(Span<const int64_t> num_tokens) {
+// Holds the blocks of so many more tokens of each sequence that the call names. All that can fail
+// comes first.
+std::vector<BlockPair> BlockManager::grow(Span<const int64_t> num_tokens) {
+  std::vector<BlockPair> copies;
+  copies.reserve(plan_growth(num_tokens));
+  for (size_t i = 0; i < named_.size(); ++i) {
+    Sequence& sequence = slots_[named_[i]];
+    if (writes_last_block(sequence)) own_last_block(&sequence, &copies);
+    hold_blocks(&sequence, blocks_for(sequence.length + num_tokens[i]));
+  }
+  return copies;
+}
+
+// Refuses numbers that are wrong or too large, then reserves the memory of the lists: only for
+// blocks that exist. Returns how many blocks will be copied.
+int64_t BlockManager::plan_growth(Span<const int64_t> num_tokens) {
   require_one_each("num_tokens", num_tokens);
-  int64_t needed = 0;
+  int64_t num_new = 0, num_copies = 0;
   std::unordered_map<int32_t, int32_t> writers;  // of shared blocks
+  // Lists, and the room that they need.
+  std::vector<std::pair<std::vector<int32_t>*, int64_t>> too_short;
   for (size_t i = 0; i < named_.size(); ++i) {
     Sequence& sequence = slots_[named_[i]];
     require_at_least("num_tokens", 1, num_tokens[i]);
     require_length(sequence.seq_id, sequence.length, num_tokens[i]);
     const int64_t wanted = blocks_for(sequence.length + num_tokens[i]);
     const int64_t held = static_cast<int64_t>(sequence.blocks.size());
-    if (wanted > held) needed += wanted - held;
+    if (wanted > held) num_new += wanted - held;
     if (wanted > static_cast<int64_t>(sequence.blocks.capacity())) {
-      sequence.blocks.reserve(std::max(wanted, 2 * held));
+      too_short.emplace_back(&sequence.blocks, std::max(wanted, 2 * held));
     }
     if (writes_last_block(sequence)) {
       const int32_t block = last_written_block(&sequence);
@@ -239,18 +262,12 @@ void BlockManager::plan_growth(Span<const int64_t> num_tokens) {
     }
   }
   // Whoever writes last, when all others have left, keeps the block.
-  for (const auto& [block, count] : writers) needed += std::min(count, pool_.holders(block) - 1);
-  require_blocks(needed);
-}
-
-std::vector<BlockPair> BlockManager::hold_growth(Span<const int64_t> num_tokens) {
-  std::vector<BlockPair> copies;
-  for (size_t i = 0; i < named_.size(); ++i) {
-    Sequence& sequence = slots_[named_[i]];
-    if (writes_last_block(sequence)) own_last_block(&sequence, &copies);
-    hold_blocks(&sequence, blocks_for(sequence.length + num_tokens[i]));
+  for (const auto& [block, count] : writers) {
+    num_copies += std::min(count, pool_.holders(block) - 1);
   }
-  return copies;
+  require_blocks(num_new + num_copies);
+  for (const auto& [list, size] : too_short) list->reserve(size);
+  return num_copies;
 }
 
 void BlockManager::require_one_each(const char* argument, Span<const int64_t> numbers) const {

@@ -1,8 +1,9 @@
 // The blocks of a paged KV cache and the sequences that hold them: reference counts, fork with
 // copy-on-write, prefix caching, and the index tensors of a step. C++17 alone: no torch, no Python.
 //
-// Every operation is all or nothing: one that raises has changed nothing. Every public method locks
-// the manager, so threads may share one; StepBuffers belong to one thread at a time.
+// Every operation is all or nothing: one that raises, be it for want of memory, has changed
+// nothing. Every public method locks the manager, so threads may share one; StepBuffers belong to
+// one thread at a time.
 #pragma once
 
 #include <cstdint>
@@ -135,10 +136,11 @@ class BlockManager {
     int64_t length = 0;
     std::vector<int32_t> blocks;   // at least blocks_for(length); what is more is reserved
     uint64_t stamp = 0;            // changes when a block that was listed is so no more
+    mutable uint64_t visit = 0;    // the call that named it last
     int64_t published_blocks = 0;  // the first so many are in the cache, or equal to such
     Chain chain;                   // where they end
+    Chain passed;                  // where the last of them ends that is another's block
     int64_t salt = 0;              // that they were published with
-    mutable uint64_t visit = 0;    // the call that named it last
   };
 
   // The private ones expect the lock to be held.
@@ -150,12 +152,13 @@ class BlockManager {
   void require_new(int64_t seq_id) const;
   void require_blocks(int64_t needed) const;
   int64_t kept_back() const;
+  bool any_sequence_holds() const;
 
   void resolve(Ids seq_ids) const;
   void require_one_each(const char* argument, Span<const int64_t> numbers) const;
   void require_length(int64_t seq_id, int64_t length, int64_t num_tokens) const;
-  void plan_growth(Span<const int64_t> num_tokens);
-  std::vector<BlockPair> hold_growth(Span<const int64_t> num_tokens);
+  std::vector<BlockPair> grow(Span<const int64_t> num_tokens);
+  int64_t plan_growth(Span<const int64_t> num_tokens);
   bool writes_last_block(const Sequence& sequence) const;
   int32_t& last_written_block(Sequence* sequence) const;
   void own_last_block(Sequence* sequence, std::vector<BlockPair>* copies);
@@ -164,6 +167,7 @@ class BlockManager {
 
   int32_t take();
   void forget(int32_t block);
+  bool goes_on(const Sequence& sequence) const;
   bool publish_block(Sequence* sequence, const int64_t* tokens);
   std::vector<int32_t> match_all(Tokens tokens, int64_t salt) const;
 

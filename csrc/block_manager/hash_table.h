@@ -21,9 +21,15 @@ class HashTable {
   // The block of a hash, or -1.
   int32_t find(const Hash128& hash) const { return slots_[slot_of(hash)].block; }
 
-  // The hash must be new.
+  // Room for so many hashes in all.
+  void reserve(int64_t size) {
+    size_t num_slots = slots_.size();
+    while (2 * size > static_cast<int64_t>(num_slots)) num_slots *= 2;
+    if (num_slots > slots_.size()) grow(num_slots);
+  }
+
+  // The hash must be new, and there must be room.
   void insert(const Hash128& hash, int32_t block) {
-    if (2 * (size_ + 1) > static_cast<int64_t>(slots_.size())) grow();
     slots_[slot_of(hash)] = {hash, block};
     ++size_;
   }
@@ -63,8 +69,8 @@ class HashTable {
     return i;
   }
 
-  void grow() {
-    std::vector<Slot> old(2 * slots_.size());
+  void grow(size_t num_slots) {
+    std::vector<Slot> old(num_slots);
     old.swap(slots_);
     for (const Slot& slot : old) {
       if (slot.block >= 0) slots_[slot_of(slot.hash)] = slot;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
 #include "errors.h"
 
@@ -35,6 +34,7 @@ uint64_t scramble(uint64_t x) {
 
 PrefixCache::PrefixCache(int64_t num_blocks, int64_t block_size)
     : block_size_(block_size),
+      num_blocks_(num_blocks),
       keys_((block_size + 3) / 4 * 2),
       chunks_((num_blocks + kChunk - 1) / kChunk),
       next_id_(kFirstId) {
@@ -97,13 +97,26 @@ PrefixCache::Place PrefixCache::find(const int64_t* tokens, const Chain& chain) 
   return {hash, block, block >= 0 && holds(block, tokens, chain.last)};
 }
 
+void PrefixCache::reserve(const int32_t* blocks, int64_t count) {
+  if (count <= 0) return;
+  table_.reserve(table_.size() + count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t index = static_cast<uint32_t>(blocks[i]) / kChunk;
+    Chunk& chunk = chunks_[index];
+    if (!chunk.entries.empty()) continue;
+    const int64_t size = std::min<int64_t>(kChunk, num_blocks_ - index * kChunk);
+    chunk.tokens.reset(new int64_t[size * block_size_]);
+    chunk.entries.resize(size);
+  }
+}
+
 void PrefixCache::insert(int32_t block, const int64_t* tokens, Hash128 hash, Chain* chain) {
-  Chunk& chunk = chunk_of(block);
+  Chunk& chunk = chunks_[static_cast<uint32_t>(block) / kChunk];
   table_.insert(hash, block);
   const int64_t place = static_cast<uint32_t>(block) % kChunk;
   std::copy_n(tokens, block_size_, &chunk.tokens[place * block_size_]);
   chunk.entries[place] = {hash, next_id_++, chain->last, -1};
-  if (chain->block >= 0 && entry(chain->block).id == chain->last) entry(chain->block).next = block;
+  if (chain->block >= 0 && has_end(*chain)) entry(chain->block).next = block;
   *chain = ending_with(block);
 }
 
@@ -123,16 +136,6 @@ void PrefixCache::check(int32_t block) const {
                     "a cached block is found by its hash");
   require_invariant(entry(block).previous < entry(block).id,
                     "a prefix is cached before what follows");
-}
-
-PrefixCache::Chunk& PrefixCache::chunk_of(int32_t block) {
-  Chunk& chunk = chunks_[static_cast<uint32_t>(block) / kChunk];
-  if (chunk.entries.empty()) {
-    std::vector<int64_t> tokens(kChunk * block_size_);
-    chunk.entries.resize(kChunk);
-    chunk.tokens = std::move(tokens);
-  }
-  return chunk;
 }
 
 PrefixCache::Entry& PrefixCache::entry(int32_t block) {

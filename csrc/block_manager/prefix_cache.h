@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "hash_table.h"
@@ -40,12 +41,21 @@ class PrefixCache {
   };
   Place find(const int64_t* tokens, const Chain& chain) const;
 
-  // Enters a block of tokens after the chain, which then ends with it. Its hash must be new.
+  // Room for these blocks: entering them cannot fail.
+  void reserve(const int32_t* blocks, int64_t count);
+
+  // Enters a block of tokens after the chain, which then ends with it. Its hash must be new, and
+  // there must be room.
   void insert(int32_t block, const int64_t* tokens, Hash128 hash, Chain* chain);
   void erase(int32_t block);
 
   // The chain that ends with an entered block.
   Chain ending_with(int32_t block) const;
+
+  // Whether the entry that the chain ends with is still there; an empty one ends with none.
+  bool has_end(const Chain& chain) const {
+    return chain.block < 0 || entry(chain.block).id == chain.last;
+  }
 
   int64_t size() const { return table_.size(); }
 
@@ -62,17 +72,17 @@ class PrefixCache {
   // Memory for what few blocks of a large pool may ever need.
   struct Chunk {
     std::vector<Entry> entries;
-    std::vector<int64_t> tokens;
+    std::unique_ptr<int64_t[]> tokens;  // not initialized: the system maps what is written alone
   };
 
   Hash128 extend(Hash128 hash, const int64_t* tokens) const;
-  Chunk& chunk_of(int32_t block);
   Entry& entry(int32_t block);
   const Entry& entry(int32_t block) const;
   const int64_t* tokens(int32_t block) const;
   bool holds(int32_t block, const int64_t* tokens, uint64_t previous) const;
 
   int64_t block_size_;
+  int64_t num_blocks_;
   std::vector<uint64_t> keys_;  // of the hash, one for each two places in a block
   std::vector<Chunk> chunks_;
   HashTable table_;

@@ -26,6 +26,7 @@ int64_t BlockManager::share(int64_t seq_id, Tokens tokens, int64_t salt) {
   sequence.published_blocks = static_cast<int64_t>(sequence.blocks.size());
   sequence.length = sequence.published_blocks * block_size_;
   sequence.chain = chain;
+  sequence.passed = PrefixCache::begin(salt);
   sequence.salt = salt;
   ++prefix_.shares;
   prefix_.tokens_asked += tokens.size;
@@ -38,14 +39,18 @@ int64_t BlockManager::publish(int64_t seq_id, Tokens tokens, int64_t salt) {
   Sequence& sequence = find(seq_id);
   const Chain root = PrefixCache::begin(salt);
   require_at_most("the number of tokens", sequence.length, tokens.size);
-  if (sequence.published_blocks == 0) {
-    sequence.chain = root;
-    sequence.salt = salt;
-  } else if (salt != sequence.salt) {
+  if (sequence.published_blocks > 0 && salt != sequence.salt) {
     refuse("salt", "be the one that the sequence began with, " + std::to_string(sequence.salt),
            std::to_string(salt));
   }
   const int64_t num_blocks = tokens.size / block_size_;
+  const int64_t first = goes_on(sequence) ? sequence.published_blocks : 0;
+  cache_.reserve(sequence.blocks.data() + first, num_blocks - first);
+  if (first == 0) {
+    sequence.published_blocks = 0;
+    sequence.chain = sequence.passed = root;
+    sequence.salt = salt;
+  }
   while (sequence.published_blocks < num_blocks &&
          publish_block(&sequence, tokens.data + sequence.published_blocks * block_size_)) {
     ++sequence.published_blocks;
@@ -53,14 +58,22 @@ int64_t BlockManager::publish(int64_t seq_id, Tokens tokens, int64_t salt) {
   return sequence.published_blocks * block_size_;
 }
 
+// Whether what follows the chain of the sequence can be found. Of the entries that it went through,
+// those of other blocks may have been evicted since: as a rule the last of them first.
+bool BlockManager::goes_on(const Sequence& sequence) const {
+  return sequence.published_blocks > 0 && cache_.has_end(sequence.chain) &&
+         cache_.has_end(sequence.passed);
+}
+
 // Whether the chain of the sequence goes on with these tokens, in its own block or in another's.
 bool BlockManager::publish_block(Sequence* sequence, const int64_t* tokens) {
   const PrefixCache::Place place = cache_.find(tokens, sequence->chain);
+  const int32_t own = sequence->blocks[sequence->published_blocks];
   if (place.equal) {
     sequence->chain = cache_.ending_with(place.block);
+    if (place.block != own) sequence->passed = sequence->chain;
     return true;
   }
-  const int32_t own = sequence->blocks[sequence->published_blocks];
   if (place.block >= 0) {
     // Either two prefixes collide, or the block follows one that has been evicted since, and can be
     // found no more.
@@ -77,11 +90,19 @@ bool BlockManager::publish_block(Sequence* sequence, const int64_t* tokens) {
 int64_t BlockManager::pin(Tokens tokens, int64_t salt) {
   const Lock lock(mutex_);
   const std::vector<int32_t> blocks = match_all(tokens, salt);
+  if (blocks.empty()) return 0;
+  // What can fail comes first: the new entries, and room for them.
+  std::unordered_map<int32_t, int32_t> unpinned;
+  for (const int32_t block : blocks) {
+    if (pins_.count(block) == 0) unpinned.emplace(block, 0);
+  }
+  pins_.reserve(pins_.size() + unpinned.size());
+  ++pin_ends_[blocks.back()];
+  pins_.merge(unpinned);
   for (const int32_t block : blocks) {
     ++pins_[block];
     pool_.hold(block);
   }
-  if (!blocks.empty()) ++pin_ends_[blocks.back()];
   return static_cast<int64_t>(blocks.size()) * block_size_;
 }
 

@@ -1,8 +1,10 @@
-// Numbers from Python: arrays are read where they lie, lists without a call of Python code.
+// Numbers from Python. Arrays of tokens may be long and are read where they lie; ids and counts are
+// copied, since others may write to an array while a method runs without the GIL.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -49,11 +51,15 @@ class BufferView {
 // A list, tuple, range or other sequence of int, or an array of int64 or int32 with one dimension.
 class IntegerArray {
  public:
+  explicit IntegerArray(bool in_place) : in_place_(in_place) {}
+
   Span<const int64_t> span() const { return span_; }
 
+  // False for anything else.
   bool load(pybind11::handle source) {
     if (PyObject_CheckBuffer(source.ptr())) return load_buffer(source);
-    return PySequence_Check(source.ptr()) && load_sequence(source);
+    const bool is_sequence = PySequence_Check(source.ptr()) && !PyUnicode_Check(source.ptr());
+    return is_sequence && load_sequence(source);
   }
 
  private:
@@ -61,7 +67,12 @@ class IntegerArray {
     if (!view_.open(source, PyBUF_ND | PyBUF_FORMAT) || (*view_).ndim != 1) return false;
     const int64_t size = (*view_).shape[0];
     if (view_.holds_integers(sizeof(int64_t))) {
-      span_ = {static_cast<const int64_t*>((*view_).buf), size};
+      const auto* wide = static_cast<const int64_t*>((*view_).buf);
+      if (in_place_) {
+        span_ = {wide, size};
+      } else {
+        own(std::vector<int64_t>(wide, wide + size));
+      }
       return true;
     }
     if (!view_.holds_integers(sizeof(int32_t))) return false;
@@ -70,9 +81,13 @@ class IntegerArray {
     return true;
   }
 
+  // Items other than int are converted by Python code, which may change a list: they are read from
+  // a tuple of its own.
   bool load_sequence(pybind11::handle source) {
     const auto items =
-        pybind11::reinterpret_steal<pybind11::object>(PySequence_Fast(source.ptr(), ""));
+        is_list_of_int(source)
+            ? pybind11::reinterpret_borrow<pybind11::object>(source)
+            : pybind11::reinterpret_steal<pybind11::object>(PySequence_Tuple(source.ptr()));
     if (!items) return fail();
     std::vector<int64_t> numbers(PySequence_Fast_GET_SIZE(items.ptr()));
     PyObject** const objects = PySequence_Fast_ITEMS(items.ptr());
@@ -82,6 +97,13 @@ class IntegerArray {
     }
     own(std::move(numbers));
     return true;
+  }
+
+  static bool is_list_of_int(pybind11::handle source) {
+    if (!PyList_Check(source.ptr())) return false;
+    PyObject** const items = PySequence_Fast_ITEMS(source.ptr());
+    return std::all_of(items, items + PyList_GET_SIZE(source.ptr()),
+                       [](PyObject* item) { return PyLong_Check(item); });
   }
 
   bool fail() {
@@ -94,22 +116,27 @@ class IntegerArray {
     span_ = {numbers_.data(), static_cast<int64_t>(numbers_.size())};
   }
 
+  const bool in_place_;
   BufferView view_;
   std::vector<int64_t> numbers_;
   Span<const int64_t> span_{nullptr, 0};
 };
 
 // The same as an argument of a Python function; anything else is a TypeError that names it.
-template <const char* kName>
-class Integers : public IntegerArray {};
+template <const char* kName, bool kInPlace = false>
+class Integers : public IntegerArray {
+ public:
+  Integers() : IntegerArray(kInPlace) {}
+};
 
 }  // namespace paged_ops
 
-template <const char* kName>
-struct pybind11::detail::type_caster<paged_ops::Integers<kName>> {
+template <const char* kName, bool kInPlace>
+struct pybind11::detail::type_caster<paged_ops::Integers<kName, kInPlace>> {
+  using Array = paged_ops::Integers<kName, kInPlace>;
   static constexpr auto name = const_name("Sequence[int]");
   template <typename T>
-  using cast_op_type = const paged_ops::Integers<kName>&;
+  using cast_op_type = const Array&;
 
   bool load(handle source, bool) {
     if (array_.load(source)) return true;
@@ -118,8 +145,8 @@ struct pybind11::detail::type_caster<paged_ops::Integers<kName>> {
                      "dimension, got " +
                      std::string(str(module_::import("reprlib").attr("repr")(source))));
   }
-  operator const paged_ops::Integers<kName>&() { return array_; }
+  operator const Array&() { return array_; }
 
  private:
-  paged_ops::Integers<kName> array_;
+  Array array_;
 };

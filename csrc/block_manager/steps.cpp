@@ -12,8 +12,7 @@ std::vector<BlockPair> BlockManager::step(Ids seq_ids, StepBuffers* buffers) {
   require_rows(*buffers);
   ones_.resize(seq_ids.size, 1);
   const Span<const int64_t> one_each{ones_.data(), seq_ids.size};
-  plan_growth(one_each);
-  std::vector<BlockPair> copies = hold_growth(one_each);
+  std::vector<BlockPair> copies = grow(one_each);
   for (int64_t row = 0; row < seq_ids.size; ++row) {
     Sequence& sequence = slots_[named_[row]];
     write_row(sequence, row, buffers);
