@@ -11,7 +11,7 @@ namespace paged_ops::cpu {
 namespace {
 
 // Where the keys and values of one tile lie, for KV head 0; null for keys that no row of the unit
-// sees.
+// sees, and on from the last key up to a multiple of kKeyStep.
 template <typename T>
 struct Tile {
   int64_t first_key;
@@ -37,6 +37,8 @@ void locate(const AttentionParams& params, const Unit& unit, int64_t first_key, 
     tile.values[i] = seen ? row(params.value_cache) : nullptr;
     if (++slot == params.block_size) ++column, slot = 0;
   }
+  const int end = static_cast<int>(round_up(tile.num_keys, kKeyStep));
+  for (int i = tile.num_keys; i < end; ++i) tile.keys[i] = tile.values[i] = nullptr;
 }
 
 // The part of a tile that a token sees, counted from the tile's first key.

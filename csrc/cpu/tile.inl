@@ -53,12 +53,11 @@ struct HeadRows {
   // and those up to a multiple of kKeyStep, are zeros.
   HeadRows(const T* const* rows, int64_t head_offset, int num_keys, KeyRange range) {
     const T* const zeros = reinterpret_cast<const T*>(kZeroRow);
-    for (int key = 0; key < num_keys; ++key) {
+    const int end = static_cast<int>(round_up(num_keys, kKeyStep));
+    for (int key = 0; key < end; ++key) {
       const bool counts = (range.begin <= key) & (key < range.end) & (rows[key] != nullptr);
       row[key] = counts ? rows[key] + head_offset : zeros;
     }
-    const int end = static_cast<int>(round_up(num_keys, kKeyStep));
-    for (int key = num_keys; key < end; ++key) row[key] = zeros;
   }
 };
 
