@@ -122,7 +122,7 @@ std::string text_of(double number) {
 }
 
 // The kernels compute in float32, with log2(e) times these numbers and with scale / softcap. Well
-// inside its range nothing of it overflows, and no softcap turns into 0, which is none.
+// inside its range none of these overflows, and no softcap turns into 0, which is none.
 void check_numbers(const Checker& check, const AttentionArguments& args) {
   constexpr double kLeast = 1e-30, kLargest = 1e30;
   if (args.scale.has_value() && !(std::abs(*args.scale) <= kLargest)) {
@@ -135,6 +135,10 @@ void check_numbers(const Checker& check, const AttentionArguments& args) {
   if (args.softcap != 0 && !in_range) {
     check.fail("softcap", "be 0 (none) or positive and finite, from 1e-30 to 1e30",
                text_of(args.softcap));
+  }
+  const double least = std::abs(args.scale.value_or(1)) / kLargest;
+  if (in_range && args.softcap < least) {
+    check.fail("softcap", "be at least scale / 1e30 = " + text_of(least), text_of(args.softcap));
   }
 }
 

@@ -155,7 +155,7 @@ def attention(
         causal: whether a token sees only keys at or before its own position.
         window: how many of the latest keys a token sees, its own included; -1 for all. The keys
             after its own are not affected.
-        softcap: the bound on the scores, from 1e-30 to 1e30; 0 for none.
+        softcap: the bound on the scores, from 1e-30 (``scale / 1e30``) to 1e30; 0 for none.
         alibi_slopes: float32 ``[num_heads]`` (Press et al., "Train Short, Test Long", 2021).
         sinks: float32 ``[num_heads]``: a logit per head that enters the denominator only
             (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023).

@@ -565,6 +565,11 @@ def test_numbers_beyond_float32(name, number, expected, device):
     refused("attention", {**attention_arguments(device), name: number}, name, expected)
 
 
+def test_scale_over_softcap_beyond_float32(device):
+    arguments = {**attention_arguments(device), "scale": -1e10, "softcap": 1e-25}
+    refused("attention", arguments, "softcap", "at least scale / 1e30 = 1e-20, got 1e-25")
+
+
 @pytest.mark.parametrize("softcap", [1e-30, 1e30])
 def test_the_least_and_the_largest_softcap(softcap, device):
     arguments = attention_arguments(device)
