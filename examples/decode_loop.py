@@ -16,8 +16,7 @@ import torch
 from decoder import Decoder
 from torch import Tensor
 
-from paged_ops import PagedAttentionManager
-from paged_ops.manager import Batch
+from paged_ops import Batch, PagedAttentionManager
 
 
 @dataclass(frozen=True)
@@ -275,7 +274,8 @@ class DecodeLoop:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         generator = None if state.noise is None else self.sampling.generator
-        return capture(call, state, generator, self.pool)
+        with torch.cuda.device(state.tokens.device):
+            return capture(call, state, generator, self.pool)
 
     def _chunk(self, tokens: Tensor, prepared: bool) -> Chunk:
         """The tokens, on their way to the host; the device goes on to write others here."""
@@ -283,7 +283,7 @@ class DecodeLoop:
             return Chunk(self.seq_ids, tokens.clone(), None, prepared)
         host = tokens.to("cpu", non_blocking=True)  # pinned
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(torch.cuda.current_stream(tokens.device))
         return Chunk(self.seq_ids, host, copied, prepared)
 
 

@@ -114,6 +114,6 @@ class StepTensors:
             self.on_device.memory[:used].copy_(host.views.memory[:used], non_blocking=True)
             if self.on_device.memory.is_cuda:
                 host.copied = torch.cuda.Event()
-                host.copied.record()
+                host.copied.record(torch.cuda.current_stream(self.on_device.memory.device))
             self._hosts.reverse()
         return pairs
