@@ -35,12 +35,13 @@ def _integer(name: str, value: SupportsIndex) -> int:
 
 def _integers(name: str, values: int | Iterable[int]) -> int | list[int]:
     """An integer, or several."""
-    if isinstance(values, Tensor):
-        values = values.tolist()
+    tolist = getattr(values, "tolist", None)  # of tensors and arrays: numbers of Python's own
+    values = values if tolist is None else tolist()
     if not isinstance(values, Iterable):
         return _integer(name, values)
     numbers = list(values)
-    if set(map(type, numbers)) != {int}:  # which takes less time than to look at each
+    # Which takes less time than to look at each.
+    if set(map(type, numbers)) != {int} or max(map(int.bit_length, numbers)) > 63:
         numbers = [_integer(name, number) for number in numbers]
     return numbers
 
@@ -117,7 +118,8 @@ class PagedAttentionManager:
             that would be longer than ``max_seq_len``.
         OutOfBlocks: too few free blocks.
         torch.OutOfMemoryError: ``swap_out`` or ``swap_in`` found no room for a layer's blocks
-            beside the caches, or in host memory.
+            beside the caches.
+        RuntimeError: ``swap_out`` found no host memory for a layer's blocks.
 
         After each of these sequences and tensors are as before; of cached prefixes, ``swap_in`` may
         have evicted some. ``append``, ``reserve`` and ``step`` check all of this, take the blocks,
@@ -297,7 +299,8 @@ class PagedAttentionManager:
 
         Until ``swap_in`` the sequence can only be freed. Blocks that it shared are copied too, and
         are its own afterwards. On the device this takes as much memory as the sequence has in one
-        layer. The copies run on the current stream, and the host does not wait for them.
+        layer. The copies run on the current stream: what follows there waits for them, the host
+        does not.
         """
         (seq_id,) = self._here(_integer("seq_id", seq_id))
         length = self.blocks.length(seq_id)

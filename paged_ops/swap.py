@@ -1,8 +1,9 @@
 """Blocks of sequences that had to make room, kept in host memory until there is room again.
 
 One layer after the other on the current stream: so of a layer's blocks there is one copy on the
-device at a time, whose memory serves the next layer. On a GPU the host memory is pinned, and the
-host waits for nothing.
+device at a time, whose memory serves the next layer, and what follows on the stream waits for all
+of them. On a GPU the host memory is pinned: the host waits for no copy, but where it has no such
+memory from an earlier swap, pinning more takes it some time.
 """
 
 from __future__ import annotations

@@ -323,6 +323,11 @@ def test_decoding_a_fork_leaves_its_parent_alone(device):
         (lambda m: m.append(0, 1.5), TypeError, r"num_tokens must be int, got 1\.5"),
         (lambda m: m.append(0, [[1]]), TypeError, r"num_tokens must be int, got \[1\]"),
         (lambda m: m.append(2**63), ValueError, f"seq_ids must have at most 63 bits, got {2**63}"),
+        (
+            lambda m: m.append([2**63]),
+            ValueError,
+            f"seq_ids must have at most 63 bits, got {2**63}",
+        ),
         (lambda m: m.reserve(0, [1]), TypeError, r"num_tokens must be int, got \[1\]"),
         (lambda m: m.truncate([0], 1), TypeError, r"seq_id must be int, got \[0\]"),
         (lambda m: m.preempt(None), TypeError, "seq_id must be int, got None"),
