@@ -23,8 +23,7 @@ from timing import cuda_graph, median_ms, seconds_of
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from paged_ops import PagedAttentionManager, ops
-from paged_ops.manager import Batch
+from paged_ops import Batch, PagedAttentionManager, ops
 
 BLOCK_SIZE = 16
 CHUNK = 16  # steps from one look for stop tokens to the next

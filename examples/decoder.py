@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from paged_ops import ops
 
 if TYPE_CHECKING:
-    from paged_ops.manager import Batch
+    from paged_ops import Batch
 
 
 @dataclass(frozen=True)

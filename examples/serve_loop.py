@@ -27,8 +27,7 @@ from load import CheckpointError
 from options import DTYPES, Parser, UsageError, add_common_options, checked, integer, manager_of
 from random_models import MODELS, load_model
 
-from paged_ops import OutOfBlocks, PagedAttentionManager
-from paged_ops.manager import Batch
+from paged_ops import Batch, OutOfBlocks, PagedAttentionManager
 
 # Of the requests, tokens at the least and at the most: their own part of the prompt, and new ones.
 OWN_TOKENS, NEW_TOKENS = (4, 64), (8, 48)

@@ -140,7 +140,8 @@ class BlockManager:
             salt: the same for each call of a sequence, and the one it was shared with.
 
         Returns:
-            How many of its first tokens are published now.
+            How many of its first tokens are published now, those of earlier calls included; but
+            where a prefix is entered anew, of ``tokens`` alone.
         """
 
     def pin(self, tokens: Integers, salt: int = 0) -> int:
@@ -157,7 +158,8 @@ class BlockManager:
 
         Blocks that only the cache or a pin kept are free again. Pins end too: they are not to be
         undone, but made again once their prefixes are published again. Sequences keep their blocks
-        and would publish them again: after new weights, end or preempt them.
+        and would publish them again: after new weights, end or preempt them, and end those that are
+        swapped out.
         """
 
     def step(self, seq_ids: Integers, buffers: StepBuffers) -> list[tuple[int, int]]:

@@ -503,7 +503,7 @@ def test_counts_may_change_while_they_are_used():
             counts[-1] = 1
 
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(flip)
+        flipping = pool.submit(flip)
         try:
             for _ in range(turns):
                 manager.append(seq_ids, counts)
@@ -512,6 +512,7 @@ def test_counts_may_change_while_they_are_used():
                 manager.truncate(num_sequences - 1, 0)
         finally:
             stop.set()
+        flipping.result()
 
 
 def test_tokens_of_any_kind_are_the_same():

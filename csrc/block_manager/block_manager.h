@@ -94,7 +94,8 @@ class BlockManager {
   int64_t share(int64_t seq_id, Tokens tokens, int64_t salt);
 
   // Enters the full blocks of a sequence into the cache; tokens are its first tokens, whose keys
-  // and values are written. Returns how many tokens are published, those of earlier calls included.
+  // and values are written. Returns how many tokens are published, those of earlier calls included
+  // (but where a prefix that was passed over is gone, of these tokens alone).
   int64_t publish(int64_t seq_id, Tokens tokens, int64_t salt);
 
   // Keeps the full blocks of tokens, all of which must be cached, until they are unpinned.
