@@ -40,10 +40,10 @@ def _integers(name: str, values: int | Iterable[int]) -> int | list[int]:
     if not isinstance(values, Iterable):
         return _integer(name, values)
     numbers = list(values)
-    # Which takes less time than to look at each.
-    if set(map(type, numbers)) != {int} or max(map(int.bit_length, numbers)) > 63:
-        numbers = [_integer(name, number) for number in numbers]
-    return numbers
+    try:
+        return array("q", numbers).tolist()  # all at once: a step calls this for its sequences
+    except (TypeError, OverflowError):
+        return [_integer(name, number) for number in numbers]
 
 
 def _list(name: str, values: int | Iterable[int]) -> list[int]:
