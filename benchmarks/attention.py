@@ -54,7 +54,7 @@ from report import OURS, Result, Table, machine, print_case, print_summary, writ
 from timing import Call, cuda_graph, host_seconds, in_turn, interleaved, median_ms
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from options import Parser, integer, usable_device
+from options import DEFAULT_DEVICE, Parser, integer, usable_device
 
 COLD_BYTES = {"cuda": 600e6, "cpu": 1200e6}  # several times the last cache
 REPLAY_BYTES = 2e9  # in one CUDA graph: its launch is then not seen
@@ -187,8 +187,7 @@ def host_costs(device: torch.device, peers: Sequence[Peer]) -> dict[str, float]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n", 1)[0])
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=usable_device, default=here)
+    parser.add_argument("--device", type=usable_device, default=DEFAULT_DEVICE)
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--rounds", type=integer(1), default=15, help="of which the median counts")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too: it compiles long")

@@ -40,7 +40,7 @@ from decoders import CHUNK, CONTENDERS, Case, Contender, Setup, forget
 from generation_chart import write_png
 from kernel_profile import profile
 from load import CheckpointError
-from options import DTYPES, Parser, checked, integer, usable_device
+from options import DEFAULT_DEVICE, DTYPES, Parser, checked, integer, usable_device
 from random_models import MODELS, load_model
 from torch._dynamo.utils import counters
 
@@ -289,8 +289,7 @@ def inductor_option(text: str) -> tuple[str, bool | int]:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"{MODELS}; default: SmolLM2-135M-Instruct")
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=usable_device, default=here)
+    parser.add_argument("--device", type=usable_device, default=DEFAULT_DEVICE)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     case = checked(
         Case.parse,

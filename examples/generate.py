@@ -346,11 +346,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser()
-    try:
-        run(parser.parse_args(arguments))
-    except (UsageError, CheckpointError) as error:
-        parser.error(str(error))
+    make_parser().run(run, arguments)
 
 
 if __name__ == "__main__":

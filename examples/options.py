@@ -11,6 +11,7 @@ from decoder import Decoder
 
 from paged_ops import PagedAttentionManager
 
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Value = TypeVar("Value")
@@ -25,6 +26,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def run(
+        self, command: Callable[[argparse.Namespace], None], arguments: list[str] | None
+    ) -> None:
+        """Call a command with its arguments; its UsageErrors end like errors of these."""
+        try:
+            command(self.parse_args(arguments))
+        except UsageError as error:
+            self.error(str(error))
 
 
 def checked(
@@ -64,7 +74,7 @@ def add_common_options(parser: argparse.ArgumentParser, dtype: str) -> None:
     parser.add_argument(
         "--device",
         type=usable_device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
+        default=DEFAULT_DEVICE,
         help="cpu or cuda (default: cuda where there is a GPU)",
     )
     parser.add_argument(

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 from decoder import Config, Decoder
-from load import CheckpointError
 from options import DTYPES, Parser, UsageError, add_common_options, checked, integer, manager_of
 from random_models import MODELS, load_model
 
@@ -374,11 +373,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser()
-    try:
-        run(parser.parse_args(arguments))
-    except (UsageError, CheckpointError) as error:
-        parser.error(str(error))
+    make_parser().run(run, arguments)
 
 
 if __name__ == "__main__":
