@@ -249,6 +249,7 @@ def test_every_generated_kernel_waits_for_the_one_before_it(tiny, cuda, tuning, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(6, 1024), (4096, 4096), (512, 14336), (130, 5120)])
 def test_product_of_one_row(cuda, dtype, shape):
+    torch.manual_seed(0)  # of six results, all may be sums that nearly cancel
     weight = torch.randn(shape, device=cuda, dtype=dtype)
     x = torch.randn(1, shape[1], device=cuda, dtype=dtype)
     assert takes(x, weight)
