@@ -539,6 +539,16 @@ def test_several_tokens_per_sequence_need_query_start_loc(device):
     refused("attention", arguments, "block_table", "num_seqs=5 (from query), got [3, 2]")
 
 
+@pytest.mark.parametrize("start", [-1, 6])
+def test_query_start_loc_is_checked_where_there_are_no_sequences(start):
+    arguments = attention_arguments(torch.device("cpu"))
+    arguments |= {name: arguments[name][:0] for name in ("block_table", "seq_lens")}
+    arguments["query_start_loc"] = torch.tensor([0], dtype=torch.int32)
+    assert not call("attention", arguments).any()
+    arguments["query_start_loc"] += start
+    refused("attention", arguments, "query_start_loc[0]", f"0 to num_tokens=5, got {start}")
+
+
 @pytest.mark.parametrize("window", [4, 2**31, 2**63 - 1])
 def test_block_ids_are_checked_where_tokens_precede_the_sequence(window):
     """A sequence of 1 with 5 tokens, and windows with which positions could overflow."""

@@ -49,9 +49,19 @@ int64_t check_query_len(const AttentionParams& params, int64_t seq) {
   return end - begin;
 }
 
+// Where there are no sequences, query_start_loc has this entry only.
+void check_only_start(const AttentionParams& params) {
+  if (params.query_start_loc == nullptr) return;
+  const int64_t start = params.query_start_loc[0];
+  if (start >= 0 && start <= params.num_tokens) return;
+  fail(params.op, "query_start_loc[0]", "from 0 to num_tokens=" + std::to_string(params.num_tokens),
+       start);
+}
+
 }  // namespace
 
 void check_values(const AttentionParams& params) {
+  if (params.num_seqs == 0) check_only_start(params);
   const int64_t capacity = params.max_blocks * params.block_size;
   for (int64_t seq = 0; seq < params.num_seqs; ++seq) {
     const int64_t seq_len = params.seq_lens[seq];
