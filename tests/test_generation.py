@@ -249,8 +249,9 @@ def test_every_generated_kernel_waits_for_the_one_before_it(tiny, cuda, tuning, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(6, 1024), (4096, 4096), (512, 14336), (130, 5120)])
 def test_product_of_one_row(cuda, dtype, shape):
-    torch.manual_seed(0)  # of six results, all may be sums that nearly cancel
-    weight = torch.randn(shape, device=cuda, dtype=dtype)
+    # Products of order 1, and errors beside that, not beside results: of three results all may be
+    # small, and silu turns the rounding of a gate of -15 into 15 times as large a part of them.
+    weight = torch.randn(shape, device=cuda, dtype=dtype) / shape[1] ** 0.5
     x = torch.randn(1, shape[1], device=cuda, dtype=dtype)
     assert takes(x, weight)
     assert not takes(x.expand(2, -1), weight)
@@ -268,7 +269,7 @@ def test_product_of_one_row(cuda, dtype, shape):
     ]:
         found = torch.compile(matvec, fullgraph=True)(*arguments)
         assert found.shape == expected.shape
-        error = (found.double() - expected).norm() / expected.norm()
+        error = (found.double() - expected).square().mean().sqrt()
         assert error < 4 * torch.finfo(dtype).eps
         # Comparing data, opcheck would copy the weights right before the kernel that does not wait.
         torch.library.opcheck(matvec, arguments, test_utils="test_faketensor")
