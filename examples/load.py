@@ -480,23 +480,27 @@ class GGUFFile:
         fields["vocab_size"] = len(self._metadata.get("tokenizer.ggml.tokens", ()))
         fields["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
         fields["rope_theta"] = fields["rope_theta"] or 10000.0
+        if fields["num_key_value_heads"] is None:
+            fields["num_key_value_heads"] = fields["num_attention_heads"]
         scaling = self._metadata.get(f"{kind}.rope.scaling.type", "none")
         if ROPE_FACTORS in self._tensors:
-            factors = self.tensor(ROPE_FACTORS).tolist()
+            factors = self._dequantized(ROPE_FACTORS).tolist()
             fields["rope_scaling"] = {"rope_type": "factors", "factors": factors}
         elif scaling != "none":
             factor = self._metadata.get(f"{kind}.rope.scaling.factor")
             fields["rope_scaling"] = {"rope_type": scaling, "factor": factor}
         return fields
 
-    def tensor(self, name: str) -> Tensor:
+    def _dequantized(self, name: str) -> Tensor:
         stored = self._tensors[name]
         # A copy where nothing had to be dequantised: the file is mapped read-only.
-        weights = torch.tensor(self._dequantize(stored.data, stored.tensor_type))
+        return torch.tensor(self._dequantize(stored.data, stored.tensor_type))
+
+    def tensor(self, name: str) -> Tensor:
+        weights = self._dequantized(name)
         heads = {
             "q_proj.weight": self.fields["num_attention_heads"],
-            "k_proj.weight": self.fields["num_key_value_heads"]
-            or self.fields["num_attention_heads"],
+            "k_proj.weight": self.fields["num_key_value_heads"],
         }
         for suffix, num_heads in heads.items():
             if self._metadata["general.architecture"] == "llama" and name.endswith(suffix):

@@ -10,13 +10,23 @@ import sys
 from pathlib import Path
 
 import generate as generate_command
+import gguf
+import numpy as np
 import pytest
 import serve_loop as serve_command
 import torch
 from decode_loop import Sampling, compile_step, decode_step, keep_nucleus
 from decoder import Config, Decoder, rope_frequencies
 from generate import encode, generate, main, make_manager, read_prompts
-from load import Checkpoint, CheckpointError, find_default, load, make_chat_renderer, read_config
+from load import (
+    Checkpoint,
+    CheckpointError,
+    GGUFFile,
+    find_default,
+    load,
+    make_chat_renderer,
+    read_config,
+)
 from managers import manager_for
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._dynamo.utils import counters
@@ -280,6 +290,35 @@ def test_folder_that_lacks_a_file(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(CheckpointError, match=f"has no {name}"):
         load(tmp_path, torch.float32, CPU)
+
+
+def test_gguf_with_rope_factors_and_no_number_of_kv_heads(tmp_path):
+    """As converters write Llama 3.1: the factors are a tensor, which is read for the fields."""
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_token_list(["a", "b"])
+    stored = np.arange(32 * 32, dtype=np.float32).reshape(32, 32)
+    writer.add_tensor("rope_freqs.weight", np.array([1, 2, 4, 8], dtype=np.float32))
+    writer.add_tensor("blk.0.attn_k.weight", stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = GGUFFile(path)
+    config = read_config(source.fields)
+    assert config.rope_scaling == {"rope_type": "factors", "factors": [1.0, 2.0, 4.0, 8.0]}
+    assert config.num_kv_heads == 4
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert source.shapes == {name: (32, 32)}
+    # Of the 8 rows of a head, neighbours in the file are half a head apart.
+    in_halves = [head * 8 + row for head in range(4) for row in (0, 2, 4, 6, 1, 3, 5, 7)]
+    assert torch.equal(source.tensor(name), torch.tensor(stored[in_halves]))
 
 
 def test_file_that_is_no_gguf(tmp_path):
