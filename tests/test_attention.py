@@ -266,7 +266,6 @@ def test_random_configurations(seed, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("seed", range(300))
 def test_large_random_configurations(seed):
     """In both modes, each twice to the bit; the reference is computed on the GPU too."""

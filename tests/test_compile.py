@@ -245,7 +245,6 @@ def test_aot_inductor(device, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graphs_are_not_skipped():
     from torch._dynamo.utils import counters
 
@@ -263,7 +262,6 @@ def test_cuda_graphs_are_not_skipped():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_captured_cuda_graph_replays_with_other_lengths():
     device = torch.device("cuda")
     caches = layer_caches("block_kv", device)

@@ -433,7 +433,6 @@ ON_ANOTHER_DEVICE = [(op, name) for op in RIGHT for name in all_but_the_anchor(o
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("op", "name"), ON_ANOTHER_DEVICE)
 def test_tensors_on_two_devices(op, name):
     right = with_options(op, torch.device("cuda"))
@@ -609,7 +608,6 @@ torch.cuda.synchronize()
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bad_value_on_a_gpu_is_trapped_on_request():
     """In a process of its own: a trap ends the CUDA context."""
     environment = {**os.environ, "PAGED_OPS_CHECK": "1"}

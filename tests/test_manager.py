@@ -219,7 +219,6 @@ def test_no_copy_is_waited_for():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nothing_waits_for_the_gpu():
     manager = make_manager("cuda")
     exercise_copies(manager)
@@ -233,7 +232,6 @@ def test_nothing_waits_for_the_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_swapping_takes_the_memory_of_one_layer():
     manager = make_manager("cuda", num_blocks=4096, num_layers=8, head_size=64)
     manager.add_sequence(0, 4096 * 4)
