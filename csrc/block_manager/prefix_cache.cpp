@@ -111,11 +111,9 @@ void PrefixCache::reserve(const int32_t* blocks, int64_t count) {
 }
 
 void PrefixCache::insert(int32_t block, const int64_t* tokens, Hash128 hash, Chain* chain) {
-  Chunk& chunk = chunks_[static_cast<uint32_t>(block) / kChunk];
   table_.insert(hash, block);
-  const int64_t place = static_cast<uint32_t>(block) % kChunk;
-  std::copy_n(tokens, block_size_, &chunk.tokens[place * block_size_]);
-  chunk.entries[place] = {hash, next_id_++, chain->last, -1};
+  std::copy_n(tokens, block_size_, tokens_of(block));
+  entry(block) = {hash, next_id_++, chain->last, -1};
   if (chain->block >= 0 && has_end(*chain)) entry(chain->block).next = block;
   *chain = ending_with(block);
 }
@@ -148,14 +146,14 @@ const PrefixCache::Entry& PrefixCache::entry(int32_t block) const {
       .entries[static_cast<uint32_t>(block) % kChunk];
 }
 
-const int64_t* PrefixCache::tokens(int32_t block) const {
+int64_t* PrefixCache::tokens_of(int32_t block) const {
   return &chunks_[static_cast<uint32_t>(block) / kChunk]
               .tokens[static_cast<uint32_t>(block) % kChunk * block_size_];
 }
 
 bool PrefixCache::holds(int32_t block, const int64_t* wanted, uint64_t previous) const {
   return entry(block).previous == previous &&
-         std::memcmp(tokens(block), wanted, block_size_ * sizeof(int64_t)) == 0;
+         std::memcmp(tokens_of(block), wanted, block_size_ * sizeof(int64_t)) == 0;
 }
 
 }  // namespace paged_ops

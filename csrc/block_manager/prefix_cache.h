@@ -78,7 +78,7 @@ class PrefixCache {
   Hash128 extend(Hash128 hash, const int64_t* tokens) const;
   Entry& entry(int32_t block);
   const Entry& entry(int32_t block) const;
-  const int64_t* tokens(int32_t block) const;
+  int64_t* tokens_of(int32_t block) const;
   bool holds(int32_t block, const int64_t* tokens, uint64_t previous) const;
 
   int64_t block_size_;
