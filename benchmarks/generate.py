@@ -39,8 +39,7 @@ from decoder import Decoder
 from decoders import CHUNK, CONTENDERS, Case, Contender, Setup, forget
 from generation_chart import write_png
 from kernel_profile import profile
-from load import CheckpointError
-from options import DEFAULT_DEVICE, DTYPES, Parser, checked, integer, usable_device
+from options import DEFAULT_DEVICE, DTYPES, Parser, UsageError, checked, integer, usable_device
 from random_models import MODELS, load_model
 from torch._dynamo.utils import counters
 
@@ -286,7 +285,7 @@ def inductor_option(text: str) -> tuple[str, bool | int]:
         raise ValueError(text) from error
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"{MODELS}; default: SmolLM2-135M-Instruct")
     parser.add_argument("--device", type=usable_device, default=DEFAULT_DEVICE)
@@ -325,27 +324,21 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
     parser.add_argument("--png", type=Path, help="write a chart here")
-    arguments = parser.parse_args()
+    return parser
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    device = arguments.device
     if arguments.cases is None:
         kinds = (False, True) if arguments.ragged else (False,)
         grid = itertools.product(arguments.batches, arguments.contexts, kinds)
         arguments.cases = list(itertools.starmap(Case, grid))
-    if arguments.profile and arguments.device.type != "cuda":
-        parser.error("--profile needs a GPU")
-    return arguments
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    device = arguments.device
+    if arguments.profile and device.type != "cuda":
+        raise UsageError("--profile needs a GPU")
     bandwidth = read_bandwidth(device)
     print(f"the fastest read: {bandwidth / 1e12:.3f} TB/s", flush=True)
     forget(device)
-    try:
-        model = load_model(arguments.model, DTYPES[arguments.dtype], device).model
-    except CheckpointError as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        return 2
+    model = load_model(arguments.model, DTYPES[arguments.dtype], device).model
     steps = -(-arguments.steps // CHUNK) * CHUNK + CHUNK
     # Few sequences first: memory is counted up to its peak.
     cases = sorted(arguments.cases, key=lambda case: (case.batch, case.context))
@@ -364,8 +357,8 @@ def main() -> int:
     )
     print("".join(f"\nskipped: {each}" for each in record.skipped))
     record.write(arguments.json, arguments.png)
-    return int(run.failed)
+    sys.exit(int(run.failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    make_parser().run(measure_all, None)
