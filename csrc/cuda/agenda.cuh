@@ -57,7 +57,7 @@ class Agenda {
       const int32_t count = min(tiles - first, walk_.left());
       const int32_t mine = (static_cast<int32_t>(threadIdx.x) >> plan_.tile_keys_log2) - first;
       if (0 <= mine && mine < count) {
-        const int32_t in_tile = threadIdx.x & (plan_.tile_keys - 1);
+        const int32_t in_tile = threadIdx.x & (plan_.tile_keys() - 1);
         const Tile tile = walk_.tile(plan_, mine);
         key_ = tile.first_key + in_tile;
         if (key_ < tile.span.begin || key_ >= tile.span.seq_len) key_ = -1;

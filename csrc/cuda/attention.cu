@@ -93,7 +93,9 @@ void run_attention(const AttentionParams& params, const AttentionPlan& plan, con
       params.query_start_loc != nullptr && params.num_tokens > decode.max_query_len;
   dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype", [&](auto cache) {
     using Cache = Element<cache()>;
-    if (decode.prefill_follows) decode.beside = prefill_beside<Cache>(params, decode, plan.limits);
+    if (decode.prefill_follows) {
+      decode.beside = prefill_beside<Cache>(params, decode.heads(), plan.limits);
+    }
     run_decode<Cache>(params, decode, store, stream);
     if (!decode.prefill_follows) return;
     run_prefill<Cache>(params, decode.max_query_len + 1, plan.limits, num_drawn, stream);

@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(
   if (plan.prefill_follows) let_next_kernel_start();
   __shared__ Memory shared;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int head = warp & (plan.heads - 1), part = warp >> plan.heads_log2;
+  const int head = warp & (plan.heads() - 1), part = warp >> plan.heads_log2;
   const CtaRows cta = CtaRows::of(plan, static_cast<int>(blockIdx.x));
 
   if (params.query_start_loc != nullptr) zero_rows_without_sequence(params);

@@ -50,6 +50,8 @@ struct DecodeShape : DecodeTile<kElementBytes, kHeadSize> {
   static constexpr int kResultBytes = 8 * Tile::kMaxTiles * Tile::kResultPitch * 4;
   // Room for the warps' keys and values, or for their results.
   static constexpr int kStageBytes = kWarps * std::max(Tile::kWarpBytes, kResultBytes);
+  static constexpr int kTileBytes = kWarps * Tile::kWarpBytes;
+  static constexpr int kResultRows = kStageBytes / (Tile::kResultPitch * 4);  // that fit into it
   static constexpr int kCtasPerMultiprocessor = 3 * kStageBytes <= 111 << 10 ? 2 : 1;
 };
 
@@ -68,30 +70,36 @@ struct PrefillBeside {
   float readers;  // part of the multiprocessors that can read as fast as the memory
 };
 
-// What the decode kernel is told beside the params.
-struct DecodePlan {
-  int32_t tile_keys;  // keys of a tile, a power of two
-  int32_t tile_keys_log2;
-  int32_t max_query_len;  // of the sequences that are decoded
-  int32_t num_shares;     // of the keys; each is computed by num_columns CTAs side by side
-  int32_t num_columns;    // groups of KV heads, times row_chunks
-  int32_t heads;          // KV heads of a CTA: a power of two
+// How the work is cut among CTAs, by how many KV heads each of them has.
+struct DecodeCut {
   int32_t heads_log2;
-  int32_t tiles;         // of 8 query rows
-  int32_t row_chunks;    // CTAs that share the query rows of a group: 1 unless they are too many
-  int32_t rows_per_cta;  // at most
+  int32_t tile_keys_log2;
+  int32_t num_columns;          // groups of KV heads, times row_chunks
+  int32_t num_shares;           // of the keys; each is computed by num_columns CTAs side by side
+  uint32_t num_shares_inverse;  // 2^32 / num_shares, rounded down
+  PrefillBeside beside;
+
+  // KV heads of a CTA, and keys of a tile: registers have no room for what can be worked out.
+  __host__ __device__ int32_t heads() const { return 1 << heads_log2; }
+  __host__ __device__ int32_t tile_keys() const { return 1 << tile_keys_log2; }
+};
+
+// What the decode kernel is told beside the params.
+struct DecodePlan : DecodeCut {
+  int32_t max_query_len;  // of the sequences that are decoded
+  int32_t tiles;          // of 8 query rows
+  int32_t row_chunks;     // CTAs that share the query rows of a group: 1 unless they are too many
+  int32_t rows_per_cta;   // at most
   int32_t warps;
   int32_t stages;
   int32_t block_size_log2;  // -1: not a power of two
   int32_t group_size;
   int32_t result_pitch;
-  int32_t result_rows;          // that fit into a stage
-  uint32_t num_shares_inverse;  // 2^32 / num_shares, rounded down
+  int32_t result_rows;  // that fit into a stage
   bool batch_invariant;
   int32_t min_chunk_tiles;  // in the batch-invariant mode: of a chunk, unless
   int32_t max_chunks_log2;  // the sequence would have more than 2^this
   bool prefill_follows;     // on the same call's other rows: it may start where there is room
-  PrefillBeside beside;
 };
 
 // CTAs that run at once on a multiprocessor, and the stages that each has: 2 at least, or the CTA
@@ -170,36 +178,44 @@ inline int max_chunks_log2_for(int resident_shares) {
   return log2_of(std::clamp(2 * resident_shares, 32, 64));
 }
 
+// For `ctas` that run at once, with so many query rows.
+template <typename Shape>
+DecodeCut cut_decode(const AttentionParams& params, int ctas, int row_chunks, int heads_log2) {
+  DecodeCut cut{};
+  cut.heads_log2 = heads_log2;
+  cut.tile_keys_log2 = log2_of(Shape::kStageKeys) - heads_log2;
+  cut.num_columns = params.num_kv_heads / cut.heads() * row_chunks;
+  const int most_shares = Shape::kResultRows * Shape::kResultRows;  // for merging in two steps
+  const int resident_shares = std::clamp(ctas / cut.num_columns, 1, most_shares);
+  cut.num_shares = num_shares_for(resident_shares, params.num_seqs);
+  cut.num_shares_inverse = UINT32_MAX / static_cast<uint32_t>(cut.num_shares);
+  return cut;
+}
+
 template <typename Shape>
 DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits,
                        int static_bytes) {
   DecodePlan plan{};
   const int group_size = params.group_size();
-  plan.heads_log2 = heads_log2_for<Shape>(params);
-  plan.heads = 1 << plan.heads_log2;
-  plan.tile_keys_log2 = log2_of(Shape::kStageKeys) - plan.heads_log2;
-  plan.tile_keys = 1 << plan.tile_keys_log2;
   plan.tiles = std::min(row_tiles_for(params), Shape::kMaxTiles);
   const int rows = 8 * plan.tiles;
   const bool one_token = params.query_start_loc == nullptr;
   plan.max_query_len = one_token ? 1 : std::max(rows / group_size, 1);
   plan.row_chunks = (group_size + rows - 1) / rows;
   plan.rows_per_cta = std::min(plan.max_query_len * group_size, rows);
-  plan.num_columns = params.num_kv_heads / plan.heads * plan.row_chunks;
   const Residency resident = residency<Shape>(limits, static_bytes);
   plan.warps = Shape::kWarps;
   plan.stages = resident.stages;
   plan.result_pitch = Shape::kResultPitch;
-  plan.result_rows = Shape::kStageBytes / (Shape::kResultPitch * 4);
-  const int most_shares = plan.result_rows * plan.result_rows;  // for merging in two steps
-  const int resident_shares = limits.multiprocessors * resident.ctas / plan.num_columns;
-  plan.num_shares = num_shares_for(std::clamp(resident_shares, 1, most_shares), params.num_seqs);
-  plan.num_shares_inverse = UINT32_MAX / static_cast<uint32_t>(plan.num_shares);
+  plan.result_rows = Shape::kResultRows;
+  const int ctas = limits.multiprocessors * resident.ctas;
+  static_cast<DecodeCut&>(plan) =
+      cut_decode<Shape>(params, ctas, plan.row_chunks, heads_log2_for<Shape>(params));
   const bool power_of_two = (params.block_size & (params.block_size - 1)) == 0;
   plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;
   plan.batch_invariant = params.batch_invariant;
-  plan.min_chunk_tiles = kMinChunkBytes / (Shape::kWarps * Shape::kWarpBytes);
-  plan.max_chunks_log2 = max_chunks_log2_for(resident_shares);
+  plan.min_chunk_tiles = kMinChunkBytes / Shape::kTileBytes;
+  plan.max_chunks_log2 = max_chunks_log2_for(ctas / plan.num_columns);
   plan.group_size = group_size;
   return plan;
 }

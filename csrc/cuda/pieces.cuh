@@ -14,7 +14,7 @@ namespace paged_ops::cuda {
 
 // A CTA's part of a piece, for all its rows.
 __host__ __device__ inline int32_t floats_of_cell(const DecodePlan& plan) {
-  return plan.heads * plan.rows_per_cta * plan.result_pitch;
+  return plan.heads() * plan.rows_per_cta * plan.result_pitch;
 }
 
 // Scratch memory of a call. A row of a piece is head_size sums, their maximum and the sum of their
@@ -23,13 +23,6 @@ struct PieceStore {
   float* rows;        // [slots, columns, cell_rows, result_pitch]
   unsigned* arrived;  // [2, slots, columns], 0 before and after every call
   int64_t num_cells;  // slots * columns
-
-  __device__ int64_t cell(const DecodePlan& plan, int32_t slot) const {
-    return static_cast<int64_t>(slot) * plan.num_columns + static_cast<int32_t>(blockIdx.x);
-  }
-  __device__ float* rows_of(const DecodePlan& plan, int32_t slot) const {
-    return rows + cell(plan, slot) * floats_of_cell(plan);
-  }
 };
 
 // How many pieces meet in the first of two steps; all, if one step does. No step has more pieces
@@ -48,12 +41,14 @@ struct MergeRoom {
 
 // What one CTA is to compute, apart from the keys.
 struct CtaRows {
+  int32_t column;
   int32_t first_head;
   int32_t first_row;
 
   __device__ static CtaRows of(const DecodePlan& plan, int column) {
-    if (plan.row_chunks == 1) return {column * plan.heads, 0};
-    return {column / plan.row_chunks * plan.heads, column % plan.row_chunks * plan.rows_per_cta};
+    if (plan.row_chunks == 1) return {column, column * plan.heads(), 0};
+    return {column, column / plan.row_chunks * plan.heads(),
+            column % plan.row_chunks * plan.rows_per_cta};
   }
 
   __device__ RowBlock block(const DecodePlan& plan, const Span& span, int head) const {
@@ -93,15 +88,23 @@ struct PieceEnd {
     const bool is_cut = piece.count > 1;
     const int parts = static_cast<int>(blockDim.x / kWarpSize) >> plan.heads_log2;
     __syncthreads();  // all have put their rows
-    add_up(is_cut ? store.rows_of(plan, piece.slot(piece.index)) : nullptr, tile.span, results,
-           parts, 0, rows_of(tile.span));
+    add_up(is_cut ? rows_in(piece.slot(piece.index)) : nullptr, tile.span, results, parts, 0,
+           rows_of(tile.span));
     if (is_cut) merge(piece, tile.span, room);
   }
 
  private:
+  // The CTA's place in a slot.
+  __device__ int64_t cell(int32_t slot) const {
+    return static_cast<int64_t>(slot) * plan.num_columns + cta.column;
+  }
+  __device__ float* rows_in(int32_t slot) const {
+    return store.rows + cell(slot) * floats_of_cell(plan);
+  }
+
   // Of all heads of the CTA.
   __device__ int rows_of(const Span& span) const {
-    return plan.heads * cta.block(plan, span, 0).num_rows;
+    return plan.heads() * cta.block(plan, span, 0).num_rows;
   }
 
   // Adds up the pieces first .. end-1, `step` apart, if this CTA is the last to store one of them:
@@ -112,7 +115,7 @@ struct PieceEnd {
     const int fan = open.fan;
     int first = quotient(piece.index, fan) * fan, end = min(first + fan, piece.count), step = 1;
     int expected = end - first;
-    unsigned* arrived = store.arrived + store.cell(plan, piece.slot(first));
+    unsigned* arrived = store.arrived + cell(piece.slot(first));
 #pragma unroll 1
     for (;;) {
       __syncthreads();  // all have stored their rows, and none reads shared memory any more
@@ -124,12 +127,12 @@ struct PieceEnd {
       __syncthreads();
       if (!open.is_last) return;
       const bool all = end - first == piece.count;
-      float* const to = all ? nullptr : store.rows_of(plan, piece.slot(first));
+      float* const to = all ? nullptr : rows_in(piece.slot(first));
       merge_pieces(to, piece, span, first, end, step, room);
       if (all) return;
       first = 0, end = piece.count, step = fan;
       expected = quotient(piece.count + fan - 1, fan);
-      arrived = store.arrived + store.num_cells + store.cell(plan, piece.slot(0));
+      arrived = store.arrived + store.num_cells + cell(piece.slot(0));
     }
   }
 
@@ -149,7 +152,7 @@ struct PieceEnd {
 #pragma unroll 1
       for (int part = warp; part < parts; part += warps) {
         const int32_t slot = piece.slot(first + part * step);
-        const float* const from = store.rows_of(plan, slot) + row * plan.result_pitch;
+        const float* const from = rows_in(slot) + row * plan.result_pitch;
         const SharedAddress at = shared_address(room.rows + part * stride);
 #pragma unroll 4
         for (int i = lane * 4; i < stride; i += kWarpSize * 4) {

@@ -16,8 +16,9 @@ template <typename Cache>
 void run_prefill(const AttentionParams& params, int32_t min_query_len, const DeviceLimits& limits,
                  unsigned* counter, cudaStream_t stream);
 
+// Beside a decode kernel whose CTAs have so many KV heads each.
 template <typename Cache>
-PrefillBeside prefill_beside(const AttentionParams& params, const DecodePlan& decode,
+PrefillBeside prefill_beside(const AttentionParams& params, int32_t decode_heads,
                              const DeviceLimits& limits);
 
 // True where the device multiplies whole warpgroups out of shared memory (wgmma), which has a

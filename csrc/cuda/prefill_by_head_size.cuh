@@ -21,14 +21,14 @@ void run_prefill(const AttentionParams& params, int32_t min_query_len, const Dev
 }
 
 template <typename Cache>
-PrefillBeside prefill_beside(const AttentionParams& params, const DecodePlan& decode,
+PrefillBeside prefill_beside(const AttentionParams& params, int32_t decode_heads,
                              const DeviceLimits& limits) {
   if constexpr (!kIsFloat8<Cache>) {
     if (runs_on_warpgroups<Cache>(params) && PrefillPlan::has_wide_query(params)) {
       // Of a multiprocessor of an H100, in a second: what this kernel computes, and what a CTA of
       // the decode kernel reads at most, in short runs of memory and in longer ones.
       constexpr float kFlops = 4.8e12f, kShortRuns = 42e9f, kLongRuns = 60e9f;
-      const bool short_runs = decode.heads * params.head_size * sizeof(Cache) <= 256;
+      const bool short_runs = decode_heads * params.head_size * sizeof(Cache) <= 256;
       const float bandwidth = limits.bandwidth / limits.multiprocessors;
       // For an element of a key and one of its value: 4 operations in each query head.
       const float flops_per_byte = 2.0f * params.group_size() / sizeof(Cache);

@@ -50,7 +50,7 @@ __device__ inline Span span_of(const AttentionParams& params, const DecodePlan& 
   }
   if (span.query_len <= 0 || span.query_len > plan.max_query_len) return span;
   const int32_t end = static_cast<int32_t>(
-      (static_cast<uint32_t>(span.seq_len) + plan.tile_keys - 1) >> plan.tile_keys_log2);
+      (static_cast<uint32_t>(span.seq_len) + plan.tile_keys() - 1) >> plan.tile_keys_log2);
   // One also for no keys: the rows have to be written.
   span.num_tiles = max(end - (span.begin >> plan.tile_keys_log2), 1);
   return span;
@@ -76,7 +76,7 @@ __device__ inline float prefill_work(const DecodePlan& plan, const Span& span) {
 // half of the reading: what counts is then how soon it starts.
 __device__ inline uint32_t num_shares(const DecodePlan& plan, uint32_t tiles, float prefill) {
   constexpr float kLeast = 1.0f / 32;
-  const float ratio = prefill / (static_cast<float>(tiles) * static_cast<float>(plan.tile_keys));
+  const float ratio = prefill / (static_cast<float>(tiles) * static_cast<float>(plan.tile_keys()));
   if (ratio < kLeast || 2.0f * ratio > plan.beside.rounds) return plan.num_shares;
   const float part = fminf(plan.beside.readers * fmaxf(1.46f - 0.71f * ratio, 0.71f), 1.0f);
   return max(static_cast<uint32_t>(part * static_cast<float>(plan.num_shares)), 1);

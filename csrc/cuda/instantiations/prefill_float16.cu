@@ -2,8 +2,7 @@
 
 namespace paged_ops::cuda {
 
-template PrefillBeside prefill_beside<__half>(const AttentionParams&, const DecodePlan&,
-                                              const DeviceLimits&);
+template PrefillBeside prefill_beside<__half>(const AttentionParams&, int32_t, const DeviceLimits&);
 template void run_prefill<__half>(const AttentionParams&, int32_t, const DeviceLimits&, unsigned*,
                                   cudaStream_t);
 
