@@ -93,6 +93,8 @@ RUNS = [
         "cpu and (short_shares or cut_alike or at_every_place)",
         {"EMULATED_MULTIPROCESSORS": "132"},
     ),
+    # Several shares of one head each, and more CTAs if each has several heads.
+    Run(("matrix_units",), "cpu and long_sequences", {"EMULATED_MULTIPROCESSORS": "18"}),
 ]
 
 

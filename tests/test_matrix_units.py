@@ -71,22 +71,30 @@ def test_cut_sequences(seq_lens, dtype, cache_dtype, heads, device):
 
 
 @pytest.mark.parametrize("longest", [100, 300, 600, 1000])
-@pytest.mark.parametrize("num_seqs", [3, 20])
+@pytest.mark.parametrize("num_seqs", [3, 10, 21, 128])
 def test_short_shares(num_seqs, longest, device):
-    """On a large GPU a few tiles for each multiprocessor, for some one more than for others."""
+    """On a large GPU a few tiles for each multiprocessor, for some one more than for others.
+
+    Each number of sequences gives a CTA another number of KV heads.
+    """
     rng = random.Random(longest)
     seq_lens = tuple(rng.randrange(longest) for _ in range(num_seqs))
     check(Case(seq_lens, None, 8, 8, 64, dtype=torch.bfloat16), device)
 
 
+def num_multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(0).multi_processor_count
+    return int(os.environ.get("EMULATED_MULTIPROCESSORS", "3"))
+
+
 def test_equal_sequences_are_cut_alike(device):
     """Where two shares each are a few less than the multiprocessors: else cuts would wander."""
-    multiprocessors = int(os.environ.get("EMULATED_MULTIPROCESSORS", "3"))
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(0)
-        multiprocessors = gpu.multi_processor_count
         if gpu.shared_memory_per_multiprocessor < 200 << 10:
             pytest.skip("has other shares")
+    multiprocessors = num_multiprocessors(device)
     num_seqs = (multiprocessors - multiprocessors // 32) // 2
     one = make_inputs(Case((1039,), None, 8, 1, 128, dtype=torch.bfloat16)).to(device)
     out = ops.attention(
@@ -97,6 +105,46 @@ def test_equal_sequences_are_cut_alike(device):
         scale=one.options["scale"],
     )
     assert torch.equal(out, out[:1].expand_as(out))
+
+
+def most_keys_of_short_shares(num_columns: int, device: torch.device) -> int:
+    """Of a batch of few sequences: with more it is cut otherwise."""
+    return max(num_multiprocessors(device) // num_columns, 1) * 3072
+
+
+@pytest.mark.parametrize("more", [0, 513])
+@pytest.mark.parametrize("heads", [(8, 8), (68, 4), (24, 12)], ids=str)
+@pytest.mark.parametrize("query_lens", [None, (1, 1, 1, 2)], ids=str)
+def test_small_batches_of_long_sequences(query_lens, heads, more, device):
+    """As many tiles of 256 keys as are short shares, or a few more: then a CTA has more heads."""
+    num_heads, num_kv_heads = heads
+    row_chunks = 2 if num_heads > 16 * num_kv_heads else 1
+    most = most_keys_of_short_shares(num_kv_heads * row_chunks, device)
+    lens = (most // 4 + more, 3 * most // 4 - 768, 0, 512)  # no keys take a tile too
+    case = Case(lens, query_lens, num_heads, num_kv_heads, 64, 256, torch.bfloat16)
+    check(case, device)
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_with_short_and_long_sequences():
+    """One scratch memory serves both ways to cut a batch."""
+    device = torch.device("cuda")
+    most = most_keys_of_short_shares(8, device)
+    inputs = make_inputs(Case((most, 700, 5000), None, 32, 8, 64, 256, torch.bfloat16)).to(device)
+    seq_lens = inputs.seq_lens.clone()
+
+    def attend() -> torch.Tensor:
+        return ops.attention(inputs.query, inputs.kv_cache, inputs.block_table, seq_lens)
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for longest in (most, 3000, most - 1, most // 2, 0, most):
+        seq_lens[0] = longest
+        graph.replay()
+        replayed = out.clone()
+        assert torch.equal(replayed, attend())
 
 
 @pytest.mark.parametrize("options", [{"window": 300}, {"sinks": True, "softcap": 5.0}], ids=str)

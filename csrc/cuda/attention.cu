@@ -1,4 +1,6 @@
 // Which kernel computes a call, and what it needs for that.
+#include <algorithm>
+
 #include "../dispatch.h"
 #include "decode.h"
 #include "kernels.h"
@@ -71,9 +73,12 @@ AttentionPlan plan_attention(const AttentionParams& params, const DeviceLimits& 
   plan.limits = limits;
   dispatch(BuiltMatrixCacheTypes{}, params.cache_dtype, "kv_cache dtype",
            [&](auto cache) { plan.decode = plan_decode<Element<cache()>>(params, limits); });
-  plan.cells = num_cells(plan.decode);
-  plan.scratch_bytes =
-      static_cast<size_t>(plan.cells * floats_of_cell(plan.decode)) * sizeof(float);
+  for (const DecodePlan& decode : {plan.decode, plan_of_long(plan.decode)}) {
+    const int64_t cells = num_cells(decode);
+    const auto floats = static_cast<size_t>(cells * floats_of_cell(decode));
+    plan.cells = std::max(plan.cells, cells);
+    plan.scratch_bytes = std::max(plan.scratch_bytes, floats * sizeof(float));
+  }
   plan.num_counters = static_cast<size_t>(2 * plan.cells) + 1;
   return plan;
 }
@@ -95,6 +100,7 @@ void run_attention(const AttentionParams& params, const AttentionPlan& plan, con
     using Cache = Element<cache()>;
     if (decode.prefill_follows) {
       decode.beside = prefill_beside<Cache>(params, decode.heads(), plan.limits);
+      decode.of_long.beside = prefill_beside<Cache>(params, decode.of_long.heads(), plan.limits);
     }
     run_decode<Cache>(params, decode, store, stream);
     if (!decode.prefill_follows) return;

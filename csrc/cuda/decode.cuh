@@ -244,22 +244,23 @@ template <typename Cache, int kHeadSize, int kTiles, int kWarps>
 __global__ void __launch_bounds__(
     kWarps* kWarpSize, DecodeShape<sizeof(Cache), kHeadSize, kWarps>::kCtasPerMultiprocessor)
     decode_kernel(const __grid_constant__ AttentionParams params,
-                  const __grid_constant__ DecodePlan plan,
+                  const __grid_constant__ DecodePlan given,
                   const __grid_constant__ PieceStore store) {
   using Shape = DecodeShape<sizeof(Cache), kHeadSize, kWarps>;
   using Memory = DecodeMemory<Cache, kWarps>;
   wait_for_previous_kernel();
-  if (plan.prefill_follows) let_next_kernel_start();
+  if (given.prefill_follows) let_next_kernel_start();
   __shared__ Memory shared;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int head = warp & (plan.heads() - 1), part = warp >> plan.heads_log2;
-  const CtaRows cta = CtaRows::of(plan, static_cast<int>(blockIdx.x));
-
   if (params.query_start_loc != nullptr) zero_rows_without_sequence(params);
-  const Share share = find_share<Shape::kThreads>(params, plan, blockIdx.y);
+  const Work work = find_work<Shape::kThreads>(params, given);
+  const DecodePlan& plan = work.plan;
+  const Share& share = work.share;
   if (share.begin == share.end) return;
   if (threadIdx.x == 0) shared.share = share;
 
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int head = warp & (plan.heads() - 1), part = warp >> plan.heads_log2;
+  const CtaRows cta = CtaRows::of(plan, work.column);
   unsigned char* const memory = dynamic_shared_memory();
   const SharedAddress rows_of_warp = shared_address(memory) + warp * Shape::kWarpBytes;
   typename Memory::Tiles tiles(params, plan, share, shared.tiles);
@@ -351,10 +352,9 @@ struct Decode {
   static void run(const AttentionParams& params, const DecodePlan& plan, const PieceStore& store,
                   cudaStream_t stream) {
     using Shape = DecodeShape<sizeof(Cache), kHeadSize, kWarps>;
-    const Grid grid{plan.num_columns, plan.num_shares};  // a division less than in one row
-    cuda::launch<decode_kernel<Cache, kHeadSize, kTiles, kWarps>>(params.op, grid, Shape::kThreads,
-                                                                  plan.stages * Shape::kStageBytes,
-                                                                  stream, params, plan, store);
+    cuda::launch<decode_kernel<Cache, kHeadSize, kTiles, kWarps>>(
+        params.op, grid_of(plan), Shape::kThreads, plan.stages * Shape::kStageBytes, stream, params,
+        plan, store);
   }
 };
 

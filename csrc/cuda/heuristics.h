@@ -82,10 +82,13 @@ struct DecodeCut {
   // KV heads of a CTA, and keys of a tile: registers have no room for what can be worked out.
   __host__ __device__ int32_t heads() const { return 1 << heads_log2; }
   __host__ __device__ int32_t tile_keys() const { return 1 << tile_keys_log2; }
+  int32_t num_ctas() const { return num_shares * num_columns; }
 };
 
 // What the decode kernel is told beside the params.
 struct DecodePlan : DecodeCut {
+  uint32_t max_tiles;     // of a batch that is cut like this; one of more is cut like `of_long`
+  DecodeCut of_long;      // zeros if none can be
   int32_t max_query_len;  // of the sequences that are decoded
   int32_t tiles;          // of 8 query rows
   int32_t row_chunks;     // CTAs that share the query rows of a group: 1 unless they are too many
@@ -123,20 +126,6 @@ Residency residency(const DeviceLimits& limits, int static_bytes) {
 
 // Rounded down.
 constexpr int log2_of(int n) { return n == 1 ? 0 : 1 + log2_of(n / 2); }
-
-// KV heads of a CTA. With fewer of them there are fewer shares: sequences are cut less often, and
-// into pieces of fewer rows. Half as many as its warps could have still read runs of memory that
-// are long enough. In a small batch, whose sequences are cut into many pieces, one is best. In the
-// batch-invariant mode batches of all sizes must have the same: as few as read runs of 256 bytes.
-template <typename Shape>
-int heads_log2_for(const AttentionParams& params) {
-  constexpr int kSmallBatch = 16, kRunBytes = 256;
-  int most = 0;
-  while ((2 << most) <= Shape::kWarps && params.num_kv_heads % (2 << most) == 0) ++most;
-  if (params.batch_invariant)
-    return std::min(most, log2_of(std::max(kRunBytes / Shape::kRowBytes, 1)));
-  return params.num_seqs < kSmallBatch ? 0 : std::max(most - 1, 0);
-}
 
 // Tiles of 8 query rows. Two where the query heads of one token need them, and where it seems that
 // most sequences have several tokens; a few with many have a kernel of their own.
@@ -192,6 +181,42 @@ DecodeCut cut_decode(const AttentionParams& params, int ctas, int row_chunks, in
   return cut;
 }
 
+// Log2 of the KV heads of a CTA.
+struct HeadsLog2 {
+  int usual;
+  int of_long;  // if the lengths, which are not known here, give CTAs over kLongShareKeys each
+};
+
+// Keys of a CTA of one head: with more than these, what pieces cost is little beside what longer
+// runs of memory bring.
+inline constexpr int kLongShareKeys = 3072;
+
+// With fewer heads to a CTA there are fewer shares: sequences are cut less often, and into pieces
+// of fewer rows. With more of them a CTA reads longer runs of memory.
+//
+// A few sequences are cut into many pieces, so one head is best, unless they are long. Many are cut
+// least by the number of heads that lets each share have whole sequences, if these are of one
+// length: all heads that a CTA could have if pieces are small, for others cost too much where
+// lengths differ; else half as many, or fewer; half as many if none does. In the batch-invariant
+// mode batches of all sizes must have the same.
+template <typename Shape>
+HeadsLog2 heads_log2_for(const AttentionParams& params, int ctas, int row_chunks, int rows) {
+  constexpr int kRunBytes = 512, kSmallPieceBytes = 1024;  // the latter in the cache's elements
+  int most = 0;
+  while ((2 << most) <= Shape::kWarps && params.num_kv_heads % (2 << most) == 0) ++most;
+  const int of_runs = std::min(most, log2_of(std::max(kRunBytes / Shape::kRowBytes, 1)));
+  if (params.batch_invariant) return {of_runs, of_runs};
+  if (params.num_seqs < (rows > 8 ? 16 : 8)) return {0, of_runs};
+  if (params.num_seqs < 16) return {of_runs, of_runs};
+  const int half = std::max(most - 1, 0);
+  const bool small_pieces = rows * Shape::kRowBytes <= kSmallPieceBytes;
+  for (int heads_log2 = small_pieces ? most : half; heads_log2 >= of_runs; --heads_log2) {
+    const DecodeCut cut = cut_decode<Shape>(params, ctas, row_chunks, heads_log2);
+    if (params.num_seqs % cut.num_shares == 0) return {heads_log2, heads_log2};
+  }
+  return {half, half};
+}
+
 template <typename Shape>
 DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits,
                        int static_bytes) {
@@ -209,8 +234,15 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
   plan.result_pitch = Shape::kResultPitch;
   plan.result_rows = Shape::kResultRows;
   const int ctas = limits.multiprocessors * resident.ctas;
+  const HeadsLog2 heads_log2 =
+      heads_log2_for<Shape>(params, ctas, plan.row_chunks, plan.rows_per_cta);
   static_cast<DecodeCut&>(plan) =
-      cut_decode<Shape>(params, ctas, plan.row_chunks, heads_log2_for<Shape>(params));
+      cut_decode<Shape>(params, ctas, plan.row_chunks, heads_log2.usual);
+  plan.max_tiles = UINT32_MAX;
+  if (heads_log2.of_long != heads_log2.usual) {
+    plan.of_long = cut_decode<Shape>(params, ctas, plan.row_chunks, heads_log2.of_long);
+    plan.max_tiles = plan.num_shares * (kLongShareKeys / plan.tile_keys());
+  }
   const bool power_of_two = (params.block_size & (params.block_size - 1)) == 0;
   plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;
   plan.batch_invariant = params.batch_invariant;

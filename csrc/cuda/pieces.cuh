@@ -22,7 +22,7 @@ __host__ __device__ inline int32_t floats_of_cell(const DecodePlan& plan) {
 struct PieceStore {
   float* rows;        // [slots, columns, cell_rows, result_pitch]
   unsigned* arrived;  // [2, slots, columns], 0 before and after every call
-  int64_t num_cells;  // slots * columns
+  int64_t num_cells;  // slots * columns, however the batch is cut
 };
 
 // How many pieces meet in the first of two steps; all, if one step does. No step has more pieces

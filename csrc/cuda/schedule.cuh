@@ -6,6 +6,9 @@
 // cut where they end if their number allows it (heuristics.h). A sequence that several shares have
 // a part of is put together from its pieces (pieces.cuh).
 //
+// How many KV heads a CTA has, and so how many shares there are, is known on the host for most
+// batches. For small ones it depends on the lengths, and each CTA finds which of two cuts it is.
+//
 // Where the prefill kernel of the same call can start beside, there are fewer shares, and it gets
 // the multiprocessors of the others: a part of them reads as fast as all ("POD-Attention", Kamath
 // et al., 2024, runs the two side by side on each).
@@ -15,13 +18,21 @@
 // sequence, and so its result to the bit, are the same in every batch.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../params.h"
 #include "heuristics.h"
+#include "launch.h"
 #include "warp.cuh"
 
 namespace paged_ops::cuda {
+
+// The plan with its other cut.
+__host__ __device__ inline DecodePlan plan_of_long(DecodePlan plan) {
+  static_cast<DecodeCut&>(plan) = plan.of_long;
+  return plan;
+}
 
 // Places for pieces, see Piece.
 inline int64_t num_cells(const DecodePlan& plan) {
@@ -215,6 +226,36 @@ __device__ Share find_share(const AttentionParams& params, const DecodePlan& pla
   share.seq = static_cast<int32_t>(found[0]);
   share.seq_begin = found[1];
   return share;
+}
+
+// What a CTA is to do: a share of the keys, for the KV heads of a column.
+struct Work {
+  DecodePlan plan;  // by the cut that suits the lengths
+  int32_t column;
+  Share share;
+};
+
+// CTAs along x and y, so that no CTA has to divide: the columns and shares of the plan. What the
+// other cut has more is put into rows after these.
+inline Grid grid_of(const DecodePlan& plan) {
+  const int64_t rows = ceil_div(plan.of_long.num_ctas(), plan.num_columns);
+  return {plan.num_columns, std::max<int64_t>(plan.num_shares, rows)};
+}
+
+// The CTA's work, by all kThreads threads of it. A small batch that turns out to be long is cut
+// once more, so that all others need not look at their lengths before. CTAs that are too many for
+// a cut find an empty share.
+template <int kThreads>
+__device__ Work find_work(const AttentionParams& params, const DecodePlan& plan) {
+  const int32_t x = blockIdx.x, y = blockIdx.y;
+  Work work{plan, x, find_share<kThreads>(params, plan, y)};
+  if (work.share.all.total <= plan.max_tiles) return work;
+  work.plan = plan_of_long(plan);
+  const int32_t cta = y * static_cast<int32_t>(gridDim.x) + x;
+  const int32_t index = quotient(cta, work.plan.num_columns);
+  work.column = cta - index * work.plan.num_columns;
+  work.share = find_share_of_few(params, work.plan, index);
+  return work;
 }
 
 // Keys that are computed together, and what there is to know of them. A piece is what one CTA
