@@ -1,7 +1,7 @@
 // Attention of a few query rows per sequence at the speed at which keys and values can be read.
 //
 // A CTA takes an even share of the keys of the batch (schedule.cuh) for a group of KV heads, at
-// most half as many as it has warps: a warp owns one head in a part of each tile's keys. The CTAs
+// most as many as it has warps: a warp owns one head in a part of each tile's keys. The CTAs
 // of one share, one for each group of heads, run side by side, so that rows of the cache which are
 // neighbours in memory are read at about the same time.
 //

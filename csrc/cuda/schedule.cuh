@@ -242,9 +242,9 @@ inline Grid grid_of(const DecodePlan& plan) {
   return {plan.num_columns, std::max<int64_t>(plan.num_shares, rows)};
 }
 
-// The CTA's work, by all kThreads threads of it. A small batch that turns out to be long is cut
-// once more, so that all others need not look at their lengths before. CTAs that are too many for
-// a cut find an empty share.
+// The CTA's work, by all kThreads threads of it. A small batch is cut once more if it turns out to
+// be long: to add up the lengths before would delay all others. CTAs that are too many for a cut
+// find an empty share.
 template <int kThreads>
 __device__ Work find_work(const AttentionParams& params, const DecodePlan& plan) {
   const int32_t x = blockIdx.x, y = blockIdx.y;
