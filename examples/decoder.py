@@ -119,7 +119,8 @@ def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
     """What turns the channels of tokens at these positions, int64 [T]."""
     angles = positions[:, None, None] * frequencies  # [T, 1, D / 2]
     cos, sin = angles.cos(), angles.sin()
-    return Rotation(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+    # In one tensor, because Inductor stores that, but would compute a cos alone in each head again.
+    return Rotation(*torch.cat((cos, cos, -sin, sin), -1).chunk(2, -1))
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
