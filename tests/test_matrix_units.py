@@ -71,11 +71,13 @@ def test_cut_sequences(seq_lens, dtype, cache_dtype, heads, device):
 
 
 @pytest.mark.parametrize("longest", [100, 300, 600, 1000])
-@pytest.mark.parametrize(("num_seqs", "head_size"), [(3, 64), (10, 64), (33, 128), (128, 64)])
+@pytest.mark.parametrize(
+    ("num_seqs", "head_size"), [(3, 64), (10, 64), (21, 64), (33, 128), (128, 64)]
+)
 def test_short_shares(num_seqs, head_size, longest, device):
     """On a large GPU a few tiles for each multiprocessor, for some one more than for others.
 
-    With 132 multiprocessors a CTA has 1, 4, 2 and 8 KV heads.
+    With 132 multiprocessors a CTA has 1, 4, 4, 2 and 8 KV heads.
     """
     rng = random.Random(longest)
     seq_lens = tuple(rng.randrange(longest) for _ in range(num_seqs))
