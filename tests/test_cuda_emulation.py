@@ -90,7 +90,7 @@ RUNS = [
     ),
     Run(
         ("matrix_units",),
-        "cpu and (short_shares or cut_alike or at_every_place)",
+        "cpu and (short_shares or cut_alike or at_every_place or every_table)",
         {"EMULATED_MULTIPROCESSORS": "132"},
     ),
     # Several shares of one head each, and more CTAs if each has several heads.

@@ -13,7 +13,7 @@ import random
 
 import pytest
 import torch
-from cases import Case, Inputs, expected, make_inputs
+from cases import UNUSED_ENTRY, Case, Inputs, expected, make_inputs
 from conftest import assert_accurate
 from test_attention import check
 
@@ -220,6 +220,21 @@ def test_batch_invariant_at_every_place(seq_len, device):
         for place in range(count + 1):
             batch = [*others[:place], 0, *others[place:]]
             assert torch.equal(batch_of(moved, batch)[place], alone)
+
+
+@pytest.mark.parametrize("seq_len", [1, 1024, 1025, 2300, 5000])
+def test_batch_invariant_in_every_table(seq_len, device):
+    """How many chunks the table has room for bounds scratch memory, never moves the cuts."""
+    case = Case((seq_len, 1), None, 8, 1, 128, dtype=torch.bfloat16)
+    inputs = make_inputs(case)
+    needed = -(-seq_len // case.block_size)
+    narrow = dataclasses.replace(inputs, block_table=inputs.block_table[:, :needed].contiguous())
+    alone = check_alone(narrow, 0, device)
+    for columns in (1, needed, 100 * needed, 3000):
+        more = torch.full((len(case.seq_lens), columns), UNUSED_ENTRY, dtype=torch.int32)
+        table = torch.cat((narrow.block_table, more), 1)
+        wide = dataclasses.replace(inputs, block_table=table).to(device)
+        assert torch.equal(batch_of(wide, [1, 0])[1], alone)
 
 
 @pytest.mark.parametrize(

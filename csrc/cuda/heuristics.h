@@ -162,9 +162,12 @@ inline int num_shares_for(int most, int64_t num_seqs) {
 inline constexpr int kMinChunkBytes = 512 << 10;
 
 // A long sequence is cut into so many chunks instead: twice the CTAs that run at once for it, so
-// that shares are even where it has others beside it.
-inline int max_chunks_log2_for(int resident_shares) {
-  return log2_of(std::clamp(2 * resident_shares, 32, 64));
+// that shares are even where it has others beside it. Where the block table has no room for
+// sequences of so many chunks they need no scratch memory.
+inline int max_chunks_log2_for(int resident_shares, int64_t chunks_of_table) {
+  const int64_t most = std::clamp(2 * resident_shares, 32, 64);
+  const auto needed = static_cast<int>(std::clamp<int64_t>(chunks_of_table, 1, most));
+  return std::min(log2_of(static_cast<int>(most)), log2_of(2 * needed - 1));  // rounded down and up
 }
 
 // For `ctas` that run at once, with so many query rows.
@@ -247,7 +250,10 @@ DecodePlan plan_decode(const AttentionParams& params, const DeviceLimits& limits
   plan.block_size_log2 = power_of_two ? log2_of(params.block_size) : -1;
   plan.batch_invariant = params.batch_invariant;
   plan.min_chunk_tiles = kMinChunkBytes / Shape::kTileBytes;
-  plan.max_chunks_log2 = max_chunks_log2_for(ctas / plan.num_columns);
+  const int64_t chunk_keys = plan.min_chunk_tiles * plan.tile_keys();
+  const int64_t chunks_of_table =
+      (params.max_blocks * params.block_size + chunk_keys - 1) / chunk_keys;
+  plan.max_chunks_log2 = max_chunks_log2_for(ctas / plan.num_columns, chunks_of_table);
   plan.group_size = group_size;
   return plan;
 }
