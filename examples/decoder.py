@@ -149,12 +149,20 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, norm: RMSNorm, rotation: Rotation, kv_cache: Tensor, batch: Batch
     ) -> Tensor:
-        qkv = self.qkv(x, norm).unflatten(-1, (-1, self.head_size))  # [T, Q + 2 H, D]
-        # Values stay as they are, but pass through too: all of it is one kernel.
-        turns = torch.arange(sum(self.heads), device=x.device)[:, None] < sum(self.heads[:2])
-        qkv = torch.where(turns, rotate(qkv, rotation), qkv)
-        query, key, value = qkv.split(self.heads, dim=1)
+        query, key, value = self.projected(x, norm, rotation).split(self.heads, dim=1)
         return self.out(self.attend(query, key, value, kv_cache, batch).flatten(1), added=x)
+
+    def projected(self, x: Tensor, norm: RMSNorm, rotation: Rotation) -> Tensor:
+        """Queries and keys, rotated, and values: [T, Q + 2 H, D]."""
+        weight, turned = self.qkv.weight, sum(self.heads[:2])
+        if takes(x, weight) and self.qkv.bias is None:
+            cos, sin = rotation.cos, rotation.sin
+            qkv = matvec(x, weight, norm.weight, norm.eps, cos=cos, sin=sin, turned_heads=turned)
+            return qkv.unflatten(-1, (-1, self.head_size))
+        qkv = self.qkv(x, norm).unflatten(-1, (-1, self.head_size))
+        # Values stay as they are, but pass through too: all of it is one kernel.
+        turns = torch.arange(sum(self.heads), device=x.device)[:, None] < turned
+        return torch.where(turns, rotate(qkv, rotation), qkv)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, batch: Batch

@@ -1,10 +1,10 @@
 """A layer's product with one row, which a GPU computes as fast as it reads the weights.
 
 What is before and after it costs little more than a kernel of its own would wait: the norm of the
-row, a sum with it and the gate of a feed-forward network are computed by the same kernel. Its
-programs ask for their first weights before they wait for the kernel in front of it (programmatic
-dependent launch), since these depend on nothing that a step computes; and they let the next kernel
-do the same before they wait themselves.
+row, a sum with it, the gate of a feed-forward network and the rotation of queries and keys are
+computed by the same kernel. Its programs ask for their first weights before they wait for the
+kernel in front of it (programmatic dependent launch), since these depend on nothing that a step
+computes; and they let the next kernel do the same before they wait themselves.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ if triton is not None:
         weight,
         norm,
         added,
+        cos,
+        sin,
         out,
         eps,
         NUM_COLUMNS: tl.constexpr,
-        NUM_GATES: tl.constexpr,
+        APART: tl.constexpr,
+        GATED: tl.constexpr,
+        NUM_TURNED: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         EARLY: tl.constexpr,
     ):
         """Each program computes ROWS sums, over COLUMNS weights of each at a time."""
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        results = rows
-        if NUM_GATES > 0:  # a gate and what it is for, in turn
-            rows = rows // 2 + rows % 2 * NUM_GATES
-            results = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+        if APART > 0:  # the two of a pair in turn: a gate and what it is for, channels of a head
+            rows = rows // 2 // APART * 2 * APART + rows // 2 % APART + rows % 2 * APART
         columns = tl.arange(0, COLUMNS)
         pointers = weight + rows[:, None].to(tl.int64) * NUM_COLUMNS + columns[None, :]
         tile = tl.load(pointers, eviction_policy="evict_first")
@@ -63,12 +65,19 @@ if triton is not None:
         result = tl.sum(sums, 1)
         if norm is not None:
             result *= tl.rsqrt(tl.sum(squares, 0) / NUM_COLUMNS + eps)
-        if NUM_GATES > 0:
-            gate, up = tl.split(tl.reshape(result, [ROWS // 2, 2]))
-            result = gate * tl.sigmoid(gate) * up
+        if APART > 0:
+            first, second = tl.split(tl.reshape(result, [ROWS // 2, 2]))
+        if GATED:
+            rows = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+            result = first * tl.sigmoid(first) * second
+        if NUM_TURNED > 0:
+            channels = rows % (2 * APART)
+            other = tl.reshape(tl.join(second, first), [ROWS])
+            turned = result * tl.load(cos + channels) + other * tl.load(sin + channels)
+            result = tl.where(rows < NUM_TURNED, turned, result)
         if added is not None:
-            result += tl.load(added + results)
-        tl.store(out + results, result.to(out.dtype.element_ty))
+            result += tl.load(added + rows)
+        tl.store(out + rows, result.to(out.dtype.element_ty))
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -87,6 +96,9 @@ def matvec(
     eps: float = 0.0,
     added: Tensor | None = None,
     gated: bool = False,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    turned_heads: int = 0,
 ) -> Tensor:
     """norm(x) times the transpose of the weights, plus what is added: [1, N], summed in float32.
 
@@ -100,15 +112,20 @@ def matvec(
         eps: of the norm.
         added: [1, N].
         gated: whether the sums are SwiGLU's: silu of the first N times the others.
+        cos: float32 [1, 1, D], of a decoder.Rotation, if the sums are heads of D channels.
+        sin: likewise.
+        turned_heads: how many of the first heads are rotated.
     """
     out = new_result(x, weight, gated)
     num_rows, num_columns = weight.shape
-    rows, columns, warps = tile_of(num_columns, gated)
+    head_size = 0 if cos is None else cos.shape[-1]
+    apart = num_rows // 2 if gated else head_size // 2
+    rows, columns, warps = tile_of(num_columns, paired=apart > 0)
     early = starts_early(x.device)
     with torch.cuda.device(x.device):
         matvec_kernel[(num_rows // rows,)](
-            *(x, weight, norm, added, out, eps),
-            *(num_columns, out.shape[1] if gated else 0, rows, columns, early),
+            *(x, weight, norm, added, cos, sin, out, eps),
+            *(num_columns, apart, gated, turned_heads * head_size, rows, columns, early),
             num_warps=warps,
             launch_pdl=early,
         )
@@ -123,6 +140,9 @@ def _(
     eps: float = 0.0,
     added: Tensor | None = None,
     gated: bool = False,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    turned_heads: int = 0,
 ) -> Tensor:
     return new_result(x, weight, gated)
 
@@ -132,10 +152,10 @@ def new_result(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
     return x.new_empty(1, weight.shape[0] // 2 if gated else weight.shape[0])
 
 
-def tile_of(num_columns: int, gated: bool) -> tuple[int, int, int]:
+def tile_of(num_columns: int, paired: bool) -> tuple[int, int, int]:
     """Rows, columns and warps of a program; each thread asks for 16 weights at once."""
     columns = 2048 if num_columns % 2048 == 0 else 1024
-    rows = 2 if num_columns <= 8192 or gated else 1
+    rows = 2 if num_columns <= 8192 or paired else 1
     return rows, columns, rows * columns // (16 * 32)
 
 

@@ -245,8 +245,11 @@ def test_every_generated_kernel_waits_for_the_one_before_it(tiny, cuda, tuning, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(6, 1024), (4096, 4096), (512, 14336), (130, 5120)])
-def test_product_of_one_row(cuda, dtype, shape):
+@pytest.mark.parametrize(
+    ("shape", "head_size"),
+    [((6, 1024), 2), ((4096, 4096), 128), ((512, 14336), 64), ((130, 5120), 26)],
+)
+def test_product_of_one_row(cuda, dtype, shape, head_size):
     # Products of order 1, and errors beside that, not beside results: of three results all may be
     # small, and silu turns the rounding of a gate of -15 into 15 times as large a part of them.
     weight = torch.randn(shape, device=cuda, dtype=dtype) / shape[1] ** 0.5
@@ -259,11 +262,18 @@ def test_product_of_one_row(cuda, dtype, shape):
     wide = x.double()
     normed = wide * (wide.square().mean() + 0.5).rsqrt() * scales
     gate, up = (normed @ weight.double().T).chunk(2, dim=1)
+    angles = torch.randn(1, 1, head_size, device=cuda)
+    cos, sin = angles.cos(), angles.sin()
+    heads = sums.unflatten(1, (-1, head_size))
+    turned = heads * cos + heads.roll(head_size // 2, -1) * sin
+    turned[:, -1] = heads[:, -1]
+    turn = (cos, sin, heads.shape[1] - 1)
     for arguments, expected in [
         ((x, weight), sums),
         ((x, weight, None, 0.0, added), sums + added),
         ((x, weight, scales, 0.5), normed @ weight.double().T),
         ((x, weight, scales, 0.5, None, True), F.silu(gate) * up),
+        ((x, weight, None, 0.0, None, False, *turn), turned.flatten(1)),
     ]:
         found = torch.compile(matvec, fullgraph=True)(*arguments)
         assert found.shape == expected.shape
