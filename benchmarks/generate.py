@@ -34,7 +34,6 @@ from report import machine
 from timing import interleaved, synchronize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from decode_loop import TUNINGS
 from decoder import Decoder
 from decoders import CHUNK, CONTENDERS, Case, Contender, Setup, forget
 from generation_chart import write_png
@@ -303,14 +302,13 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--contenders", choices=CONTENDERS, nargs="+", default=["paged", "dense", "transformers"]
     )
-    parser.add_argument("--tuning", choices=TUNINGS, default="tuned", help="on a GPU")
     parser.add_argument(
         "--inductor",
         type=checked(inductor_option, "NAME=VALUE", lambda _: True),
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="further options of torch.compile, as realize_opcount_threshold=8",
+        help="options of torch.compile on a GPU, as coordinate_descent_tuning=True",
     )
     parser.add_argument("--steps", type=count, default=64, help="that are timed together")
     parser.add_argument("--rounds", type=count, default=3, help="of which the fastest counts")
@@ -344,8 +342,7 @@ def measure_all(arguments: argparse.Namespace) -> None:
     cases = sorted(arguments.cases, key=lambda case: (case.batch, case.context))
     cases, skipped = split_by_room(cases, model, steps)
     record = Record(machine(device), bandwidth, vars(arguments), skipped=skipped)
-    options = {**TUNINGS[arguments.tuning], **dict(arguments.inductor)}
-    run = Run(Setup(model, cases, steps, options), arguments, record)
+    run = Run(Setup(model, cases, steps, dict(arguments.inductor)), arguments, record)
     print_head()
     with torch.no_grad():
         for name in arguments.contenders if cases else ():

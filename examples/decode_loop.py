@@ -9,7 +9,7 @@ rows that batches are rounded up to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,28 +122,45 @@ def decode_step(model: Decoder, caches: list[Tensor], state: State, sampling: Sa
 
 Step = Callable[[Decoder, list[Tensor], State, Sampling], None]
 
-# What Inductor does on a GPU. What a generated matrix product takes is computed once, not by each
-# of its programs, and what several kernels take, as the sum of a layer and what it was given, is
-# stored, not added up by each of them: so all layers have the same kernels. Kernels are launched
-# while the one before still runs (programmatic dependent launch, from compute capability 9.0 on),
-# but not where some come from templates, which do not wait in every version. "tuned" tries other
-# tiles of the generated kernels; "autotune" also generated products, and takes minutes.
-_ONCE: dict[str, bool | int] = {"realize_opcount_threshold": 8, "realize_reads_threshold": 1}
-_EARLY: dict[str, bool | int] = {"triton.enable_pdl": True}
-TUNINGS: dict[str, dict[str, bool | int]] = {
-    "library": {**_ONCE, **_EARLY},
-    "tuned": {"coordinate_descent_tuning": True, **_ONCE, **_EARLY},
-    "autotune": {"coordinate_descent_tuning": True, "max_autotune": True, **_ONCE},
-}
+
+def inductor_options(rows: int) -> dict[str, bool | int]:
+    """What Inductor does on a GPU in a step over so many rows.
+
+    What a generated matrix product takes is computed once, not by each of its programs, and what
+    several kernels take, as the sum of a layer and what it was given, is stored, not added up by
+    each of them: so all layers have the same kernels. Kernels are launched while the one before
+    still runs (programmatic dependent launch, from compute capability 9.0 on).
+
+    With one row, what matvec does not take becomes generated kernels, whose tiles are searched for.
+    With more rows a search found tiles that are slower in a step, and took most of the time.
+    """
+    return {
+        "realize_opcount_threshold": 8,
+        "realize_reads_threshold": 1,
+        "triton.enable_pdl": True,
+        "coordinate_descent_tuning": rows == 1,
+    }
 
 
-def compile_step(device: torch.device, options: dict[str, bool | int] = TUNINGS["tuned"]) -> Step:
+def compile_step(device: torch.device, options: Mapping[str, bool | int] | None = None) -> Step:
     """decode_step for this device: compiled for one row, and once for all other numbers of rows.
 
-    The options are Inductor's, for a GPU.
+    Args:
+        device: of the model.
+        options: of Inductor on a GPU, beside or instead of inductor_options.
     """
     if device.type == "cuda":
-        return torch.compile(decode_step, fullgraph=True, options=options)
+        one, more = (
+            torch.compile(
+                decode_step, fullgraph=True, options={**inductor_options(rows), **(options or {})}
+            )
+            for rows in (1, 2)
+        )
+
+        def step(model: Decoder, caches: list[Tensor], state: State, sampling: Sampling) -> None:
+            (one if len(state.tokens) == 1 else more)(model, caches, state, sampling)
+
+        return step
     # Frozen weights are repacked for the matrix kernels: a step reads them at twice the speed. A
     # patch, and no option of torch.compile, because Dynamo has to know of it while it traces.
     freeze = torch._inductor.config.patch(freezing=True)

@@ -22,7 +22,6 @@ from typing import TextIO
 
 import torch
 from decode_loop import (
-    TUNINGS,
     Chunk,
     DecodeLoop,
     Sampling,
@@ -249,13 +248,6 @@ def make_parser() -> Parser:
         "(default: 8 on a GPU, else 1)",
     )
     parser.add_argument(
-        "--tuning",
-        choices=TUNINGS,
-        default="tuned",
-        help="what the compiler tries out on a GPU: nothing, tiles of its kernels, or also "
-        "matrix products, for minutes (default: %(default)s)",
-    )
-    parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -332,7 +324,7 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint,
         tokens,
         manager,
-        compile_step(device, TUNINGS[arguments.tuning]) if arguments.compile else decode_step,
+        compile_step(device) if arguments.compile else decode_step,
         max_new_tokens=arguments.max_new_tokens,
         sampling=Sampling(
             arguments.temperature,

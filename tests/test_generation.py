@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decode_loop import (
-    TUNINGS,
     DecodeLoop,
     Sampling,
     compile_step,
@@ -225,14 +224,13 @@ def test_growing_lengths_compile_and_capture_nothing(running, captures):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("tuning", ["library", "tuned"])
-def test_every_generated_kernel_waits_for_the_one_before_it(tiny, cuda, tuning, rows):
+def test_every_generated_kernel_waits_for_the_one_before_it(tiny, cuda, rows):
     """Kernels are launched early: one that did not wait would let the next read too soon."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("kernels start in order")
     model = on(cuda, tiny).model
     manager = manager_for(model, rows)
-    loop = DecodeLoop(model, manager, compile_step(cuda, TUNINGS[tuning]), Sampling(), 4)
+    loop = DecodeLoop(model, manager, compile_step(cuda), Sampling(), 4)
     for seq_id in range(rows):
         manager.add_sequence(seq_id, 20)
     loop.begin(range(rows), torch.randn(rows, model.config.vocab_size, device=cuda))
