@@ -479,7 +479,6 @@ class GGUFFile:
         fields["hidden_act"] = "silu"
         fields["vocab_size"] = len(self._metadata.get("tokenizer.ggml.tokens", ()))
         fields["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
-        fields["rope_theta"] = fields["rope_theta"] or 10000.0
         if fields["num_key_value_heads"] is None:
             fields["num_key_value_heads"] = fields["num_attention_heads"]
         scaling = self._metadata.get(f"{kind}.rope.scaling.type", "none")
