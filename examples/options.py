@@ -103,7 +103,7 @@ def manager_of(
     num_sequences: int,
     num_blocks: int,
     *,
-    max_seq_len: int | None = None,
+    max_seq_len: int,
     watermark: int = 0,
 ) -> PagedAttentionManager:
     """A cache for the model, with the options above; a UsageError says why there cannot be one."""

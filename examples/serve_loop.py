@@ -267,20 +267,22 @@ def random_requests(arguments: argparse.Namespace, vocab_size: int) -> list[Requ
     ]
 
 
-def check_room(options: argparse.Namespace, config: Config) -> None:
-    """Refuse requests that would be too long for the model or the cache."""
+def longest_request(options: argparse.Namespace, config: Config) -> int:
+    """Tokens that a request may have; refuses what would be too long for the model or the cache."""
     own = OWN_TOKENS[1] + NEW_TOKENS[1]
-    if options.shared + own > config.max_positions:
+    longest = options.shared + own
+    if longest > config.max_positions:
         raise UsageError(
             f"argument --shared: must be at most {config.max_positions - own} for this model, "
             f"which has {config.max_positions} positions, got {options.shared}"
         )
-    needed = -(-(options.shared + own) // options.block_size)
+    needed = -(-longest // options.block_size)
     if options.num_blocks < needed:
         raise UsageError(
-            f"argument --num-blocks: must be at least {needed} for requests of "
-            f"{options.shared + own} tokens, got {options.num_blocks}"
+            f"argument --num-blocks: must be at least {needed} for requests of {longest} tokens, "
+            f"got {options.num_blocks}"
         )
+    return longest
 
 
 def plot(report: Report, path: Path) -> None:
@@ -361,10 +363,13 @@ def run(options: argparse.Namespace) -> None:
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib; run: pip install matplotlib")
     model = load_model(options.model, DTYPES[options.dtype], options.device).model
-    check_room(options, model.config)
-    num_running = min(options.max_running, options.requests)
     manager = manager_of(
-        model, options, num_running, options.num_blocks, watermark=options.watermark
+        model,
+        options,
+        min(options.max_running, options.requests),
+        options.num_blocks,
+        max_seq_len=longest_request(options, model.config),
+        watermark=options.watermark,
     )
     server = Server(model, manager, tokens_per_step=options.tokens_per_step, swap=options.swap)
     print(server.run(random_requests(options, model.config.vocab_size)))
