@@ -11,7 +11,7 @@ namespace {
 
 constexpr size_t kArenaCounters = 1 << 20;
 // Bytes of scratch memory for a call. In the batch-invariant mode, 8 KV heads of 128 bfloat16 in
-// groups of 4 take 71 MB on 132 multiprocessors, groups of 8 take 143.
+// groups of 4 take up to 71 MB on 132 multiprocessors, groups of 8 up to 143.
 constexpr size_t kMostKept = 160 << 20;
 
 int attribute(cudaDeviceAttr name, int device) {
@@ -58,8 +58,8 @@ struct Kept {
   size_t size = 0;
 };
 
-// Allocates if it is too small, twice as much at least. The smaller memory is left alone: a kernel
-// may still use it.
+// Allocates if it is too small, twice as much at least. The smaller memory is left alone, since a
+// kernel may still use it: in all there is at most four times what the largest call has asked for.
 template <typename Allocate>
 void* of_size(Kept& kept, size_t size, Allocate allocate) {
   if (kept.size >= size) return kept.memory;

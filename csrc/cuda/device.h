@@ -18,7 +18,7 @@ DeviceLimits device_limits(int device);
 // call, which saves the host an allocation. The counters are 0, and no kernel uses them that may
 // run at the same time: while a graph is being captured they are ones that are never handed out
 // again, because the graph can be replayed beside anything. Each captured call so keeps some KB for
-// good, in the batch-invariant mode some 140 on 132 multiprocessors. `memory` is nullptr where
+// good, in the batch-invariant mode up to 140 on 132 multiprocessors. `memory` is nullptr where
 // torch's allocator has to be asked: for much memory, when little is left, and while a graph is
 // being captured, which needs its own.
 Scratch kept_scratch(size_t bytes, size_t num_counters, int device, cudaStream_t stream);

@@ -165,9 +165,9 @@ inline constexpr int kMinChunkBytes = 512 << 10;
 // that shares are even where it has others beside it. Where the block table has no room for
 // sequences of so many chunks they need no scratch memory.
 inline int max_chunks_log2_for(int resident_shares, int64_t chunks_of_table) {
-  const int64_t most = std::clamp(2 * resident_shares, 32, 64);
-  const auto needed = static_cast<int>(std::clamp<int64_t>(chunks_of_table, 1, most));
-  return std::min(log2_of(static_cast<int>(most)), log2_of(2 * needed - 1));  // rounded down and up
+  int log2 = log2_of(std::clamp(2 * resident_shares, 32, 64));
+  while (log2 > 0 && int64_t{1} << (log2 - 1) >= chunks_of_table) --log2;
+  return log2;
 }
 
 // For `ctas` that run at once, with so many query rows.

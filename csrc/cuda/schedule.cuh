@@ -67,7 +67,8 @@ __device__ inline Span span_of(const AttentionParams& params, const DecodePlan& 
   return span;
 }
 
-// Tiles of a chunk.
+// Tiles of a chunk. The block table bounds max_chunks_log2 too, but then no length that it has room
+// for has more chunks than that of min_chunk_tiles each: the length alone decides.
 __device__ inline int32_t chunk_tiles(const DecodePlan& plan, const Span& span) {
   const int32_t most = 1 << plan.max_chunks_log2;
   return max(plan.min_chunk_tiles, (span.num_tiles + most - 1) >> plan.max_chunks_log2);
