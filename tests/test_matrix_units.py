@@ -237,6 +237,27 @@ def test_batch_invariant_in_every_table(seq_len, device):
         assert torch.equal(batch_of(wide, [1, 0])[1], alone)
 
 
+@pytest.mark.gpu
+def test_scratch_memory_is_for_the_chunks_of_the_table():
+    """What a capture allocates, since it takes no memory that is kept from call to call."""
+    inputs = make_inputs(Case((100,), None, 32, 8, 128, dtype=torch.bfloat16)).to("cuda")
+    out = torch.empty_like(inputs.query)
+
+    def allocated(num_tokens: int) -> int:
+        columns = num_tokens // inputs.kv_cache.shape[2]
+        table = torch.zeros(1, columns, dtype=torch.int32, device="cuda")
+        table[:, : inputs.block_table.shape[1]] = inputs.block_table
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            ops.attention_out(
+                inputs.query, inputs.kv_cache, table, inputs.seq_lens, out=out, batch_invariant=True
+            )
+        return torch.cuda.max_memory_allocated() - before
+
+    assert 0 < 4 * allocated(4096) <= allocated(65536)
+
+
 @pytest.mark.parametrize(
     ("num_kv_heads", "seq_len"), [(8, 32768), (8, 32769), (1, 65536), (1, 65537), (1, 200000)]
 )

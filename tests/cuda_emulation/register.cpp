@@ -26,11 +26,15 @@ struct Emulated {
   static void run(const AttentionParams& params, const Device&) {
     check_values(params, nullptr);
     const AttentionPlan plan = plan_attention(params, limits());
-    std::vector<float> memory(plan.scratch_bytes / sizeof(float) + 4, NAN);
+    const size_t size = plan.scratch_bytes / sizeof(float);
+    std::vector<float> memory(size + 4096, NAN);
     std::vector<unsigned> counters(plan.num_counters);
     run_attention(params, plan, {memory.data(), counters.data()}, nullptr);
     for (const unsigned counter : counters) {
       if (counter != 0) throw std::runtime_error("a counter was not left at 0");
+    }
+    for (size_t i = size; i < memory.size(); ++i) {
+      if (!std::isnan(memory[i])) throw std::runtime_error("wrote past the scratch memory");
     }
   }
   static void run(const WriteKvParams& params, const Device&) {
