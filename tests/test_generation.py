@@ -28,7 +28,7 @@ from generate import generate, main
 from load import Checkpoint, CheckpointError, load
 from managers import manager_for
 from matvec import matvec, takes
-from random_models import SHAPES, random_checkpoint
+from random_models import SHAPES, random_checkpoint, random_decoder
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 
@@ -262,16 +262,16 @@ def test_product_of_one_row(cuda, dtype, shape, head_size):
     gate, up = (normed @ weight.double().T).chunk(2, dim=1)
     angles = torch.randn(1, 1, head_size, device=cuda)
     cos, sin = angles.cos(), angles.sin()
-    heads = sums.unflatten(1, (-1, head_size))
+    heads = (normed @ weight.double().T).unflatten(1, (-1, head_size))
     turned = heads * cos + heads.roll(head_size // 2, -1) * sin
     turned[:, -1] = heads[:, -1]
-    turn = (cos, sin, heads.shape[1] - 1)
+    turn = (None, False, cos, sin, heads.shape[1] - 1)
     for arguments, expected in [
         ((x, weight), sums),
         ((x, weight, None, 0.0, added), sums + added),
         ((x, weight, scales, 0.5), normed @ weight.double().T),
         ((x, weight, scales, 0.5, None, True), F.silu(gate) * up),
-        ((x, weight, None, 0.0, None, False, *turn), turned.flatten(1)),
+        ((x, weight, scales, 0.5, *turn), turned.flatten(1)),
     ]:
         found = torch.compile(matvec, fullgraph=True)(*arguments)
         assert found.shape == expected.shape
@@ -279,6 +279,30 @@ def test_product_of_one_row(cuda, dtype, shape, head_size):
         assert error < 4 * torch.finfo(dtype).eps
         # Comparing data, opcheck would copy the weights right before the kernel that does not wait.
         torch.library.opcheck(matvec, arguments, test_utils="test_faketensor")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_one_row_has_the_logits_it_has_beside_another(cuda, qkv_bias):
+    """The products of one row have kernels of their own, which compute what is around them too."""
+    shapes = {"hidden_size": 1024, "intermediate_size": 1024, "head_size": 64}
+    config = dataclasses.replace(SHAPES["tiny"], **shapes, qkv_bias=qkv_bias)
+    model = random_decoder(config, torch.float32, cuda)
+    attention = model.layers[0].attention
+    assert takes(torch.empty(1, 1024, device=cuda), attention.qkv.weight)
+    if qkv_bias:
+        attention.qkv.bias.normal_()
+    manager = manager_for(model, 2)
+    for kv_cache in manager.caches:
+        kv_cache.normal_()
+    for seq_id in range(2):
+        manager.add_sequence(seq_id, 20)
+    tokens = torch.tensor([3, 4], device=cuda)
+    alone = model(tokens[:1], manager.caches, manager.step([0]))
+    manager.truncate(0, 20)
+    together = model(tokens, manager.caches, manager.step([0, 1]))
+    assert torch.allclose(alone[0], together[0], rtol=0, atol=1e-3)
+    assert not torch.allclose(alone[0], together[1], rtol=0, atol=1e-1)
 
 
 @pytest.mark.gpu
