@@ -195,7 +195,7 @@ def allocated_bytes(device: torch.device) -> int:
 
 
 class IndexPutAttention(Attention):
-    """Writes with PyTorch's index_put_, which Inductor fuses with the rotation of the keys.
+    """Writes with PyTorch's index_put_, which with several rows Inductor fuses with the rotation.
 
     The slot -1 of padding is the last one of the cache here, which holds nothing that matters.
     """

@@ -9,9 +9,9 @@ that no token names) and its keys and values, at the speed of the fastest plain 
 measured in the same run; a *share* is the roofline's time over that of a step.
 
 Contenders: *paged* is the loop of examples/generate.py; *index_put* the same with PyTorch's
-index_put_ in place of write_kv, which Inductor fuses with the rotation of the keys; *eager* the
-same without the compiler; *dense* has the same weights, and SDPA over a padded cache;
-*transformers* is the hub's model with its static cache, compiled.
+index_put_ in place of write_kv, which with several rows Inductor fuses with the rotation of the
+keys; *eager* the same without the compiler; *dense* has the same weights, and SDPA over a padded
+cache; *transformers* is the hub's model with its static cache, compiled.
 """
 
 from __future__ import annotations
@@ -308,7 +308,8 @@ def make_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="options of torch.compile on a GPU, as coordinate_descent_tuning=True",
+        help="options of torch.compile on a GPU, as coordinate_descent_tuning=True; with "
+        "max_autotune=True also triton.enable_pdl=False, since not all of its products wait",
     )
     parser.add_argument("--steps", type=count, default=64, help="that are timed together")
     parser.add_argument("--rounds", type=count, default=3, help="of which the fastest counts")

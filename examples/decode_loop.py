@@ -131,8 +131,9 @@ def inductor_options(rows: int) -> dict[str, bool | int]:
     each of them: so all layers have the same kernels. Kernels are launched while the one before
     still runs (programmatic dependent launch, from compute capability 9.0 on).
 
-    With one row, what matvec does not take becomes generated kernels, whose tiles are searched for.
-    With more rows a search found tiles that are slower in a step, and took most of the time.
+    With one row the search for tiles (coordinate_descent_tuning) also makes products generated
+    kernels, which pays for those that matvec does not take. With more rows it found tiles that are
+    slower in a step, and took most of the time.
     """
     return {
         "realize_opcount_threshold": 8,

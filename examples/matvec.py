@@ -102,8 +102,9 @@ def matvec(
 ) -> Tensor:
     """norm(x) times the transpose of the weights, plus what is added: [1, N], summed in float32.
 
-    All are contiguous and of one dtype. Nothing that is still on its way on the stream may write
-    the weights: they are read before the kernel waits.
+    Before something is added, the sums may be gated, or heads that are rotated. All are contiguous,
+    and all but cos and sin are of one dtype. Nothing that is still on its way on the stream may
+    write the weights: they are read before the kernel waits.
 
     Args:
         x: [1, E]; E is a multiple of 1024.
@@ -112,13 +113,15 @@ def matvec(
         eps: of the norm.
         added: [1, N].
         gated: whether the sums are SwiGLU's: silu of the first N times the others.
-        cos: float32 [1, 1, D], of a decoder.Rotation, if the sums are heads of D channels.
+        cos: float32 [1, 1, D], of a decoder.Rotation, if the sums are N / D heads, and not gated.
         sin: likewise.
         turned_heads: how many of the first heads are rotated.
     """
     out = new_result(x, weight, gated)
     num_rows, num_columns = weight.shape
     head_size = 0 if cos is None else cos.shape[-1]
+    if head_size and (gated or num_rows % head_size):
+        raise ValueError(f"cos must be of a head of the {num_rows} sums, got {head_size} channels")
     apart = num_rows // 2 if gated else head_size // 2
     rows, columns, warps = tile_of(num_columns, paired=apart > 0)
     early = starts_early(x.device)
