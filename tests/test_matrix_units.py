@@ -132,11 +132,12 @@ def test_a_graph_replays_with_short_and_long_sequences():
     """One scratch memory serves both ways to cut a batch."""
     device = torch.device("cuda")
     most = most_keys_of_short_shares(8, device)
-    inputs = make_inputs(Case((most, 700, 5000), None, 32, 8, 64, 256, torch.bfloat16)).to(device)
-    seq_lens = inputs.seq_lens.clone()
+    inputs = make_inputs(Case((most, 700, 5000), None, 32, 8, 64, 256, torch.bfloat16))
+    moved = inputs.to(device)
+    seq_lens = moved.seq_lens.clone()
 
     def attend() -> torch.Tensor:
-        return ops.attention(inputs.query, inputs.kv_cache, inputs.block_table, seq_lens)
+        return ops.attention(moved.query, moved.kv_cache, moved.block_table, seq_lens)
 
     attend()
     graph = torch.cuda.CUDAGraph()
@@ -147,6 +148,8 @@ def test_a_graph_replays_with_short_and_long_sequences():
         graph.replay()
         replayed = out.clone()
         assert torch.equal(replayed, attend())
+        wanted, _ = expected(dataclasses.replace(inputs, seq_lens=seq_lens.cpu()))
+        assert_accurate(replayed, wanted, torch.bfloat16)
 
 
 @pytest.mark.parametrize("options", [{"window": 300}, {"sinks": True, "softcap": 5.0}], ids=str)
