@@ -17,14 +17,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from decode_loop import (
-    DecodeLoop,
-    Sampling,
-    Step,
-    compile_step,
-    decode_step,
-    inductor_options,
-)
+from decode_loop import DecodeLoop, Sampling, Step, compile_step, decode_step, inductor_options
 from decoder import Attention, Decoder
 from timing import cuda_graph, median_ms, seconds_of
 from torch import Tensor, nn

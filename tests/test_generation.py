@@ -15,14 +15,7 @@ import decode_loop
 import pytest
 import torch
 import torch.nn.functional as F
-from decode_loop import (
-    DecodeLoop,
-    Sampling,
-    compile_step,
-    decode_step,
-    mark_rows,
-    next_batch,
-)
+from decode_loop import DecodeLoop, Sampling, compile_step, decode_step, mark_rows, next_batch
 from decoder import Decoder
 from generate import generate, main
 from load import Checkpoint, CheckpointError, load
@@ -259,17 +252,18 @@ def test_product_of_one_row(cuda, dtype, shape, head_size):
     sums = x.double() @ weight.double().T
     wide = x.double()
     normed = wide * (wide.square().mean() + 0.5).rsqrt() * scales
-    gate, up = (normed @ weight.double().T).chunk(2, dim=1)
+    of_normed = normed @ weight.double().T
+    gate, up = of_normed.chunk(2, dim=1)
     angles = torch.randn(1, 1, head_size, device=cuda)
     cos, sin = angles.cos(), angles.sin()
-    heads = (normed @ weight.double().T).unflatten(1, (-1, head_size))
+    heads = of_normed.unflatten(1, (-1, head_size))
     turned = heads * cos + heads.roll(head_size // 2, -1) * sin
     turned[:, -1] = heads[:, -1]
     turn = (None, False, cos, sin, heads.shape[1] - 1)
     for arguments, expected in [
         ((x, weight), sums),
         ((x, weight, None, 0.0, added), sums + added),
-        ((x, weight, scales, 0.5), normed @ weight.double().T),
+        ((x, weight, scales, 0.5), of_normed),
         ((x, weight, scales, 0.5, None, True), F.silu(gate) * up),
         ((x, weight, scales, 0.5, *turn), turned.flatten(1)),
     ]:

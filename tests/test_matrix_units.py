@@ -225,6 +225,12 @@ def test_batch_invariant_at_every_place(seq_len, device):
             assert torch.equal(batch_of(moved, batch)[place], alone)
 
 
+def widened(inputs: Inputs, columns: int) -> Inputs:
+    """With so many more columns of the block table, which nothing may read."""
+    more = torch.full((len(inputs.block_table), columns), UNUSED_ENTRY, dtype=torch.int32)
+    return dataclasses.replace(inputs, block_table=torch.cat((inputs.block_table, more), 1))
+
+
 @pytest.mark.parametrize("seq_len", [1, 1024, 1025, 2300, 5000])
 def test_batch_invariant_in_every_table(seq_len, device):
     """How many chunks the table has room for bounds scratch memory, never moves the cuts."""
@@ -234,28 +240,23 @@ def test_batch_invariant_in_every_table(seq_len, device):
     narrow = dataclasses.replace(inputs, block_table=inputs.block_table[:, :needed].contiguous())
     alone = check_alone(narrow, 0, device)
     for columns in (1, needed, 100 * needed, 3000):
-        more = torch.full((len(case.seq_lens), columns), UNUSED_ENTRY, dtype=torch.int32)
-        table = torch.cat((narrow.block_table, more), 1)
-        wide = dataclasses.replace(inputs, block_table=table).to(device)
+        wide = widened(narrow, columns).to(device)
         assert torch.equal(batch_of(wide, [1, 0])[1], alone)
 
 
 @pytest.mark.gpu
 def test_scratch_memory_is_for_the_chunks_of_the_table():
     """What a capture allocates, since it takes no memory that is kept from call to call."""
-    inputs = make_inputs(Case((100,), None, 32, 8, 128, dtype=torch.bfloat16)).to("cuda")
-    out = torch.empty_like(inputs.query)
+    case = Case((100,), None, 32, 8, 128, dtype=torch.bfloat16)
+    inputs = make_inputs(case)
 
     def allocated(num_tokens: int) -> int:
-        columns = num_tokens // inputs.kv_cache.shape[2]
-        table = torch.zeros(1, columns, dtype=torch.int32, device="cuda")
-        table[:, : inputs.block_table.shape[1]] = inputs.block_table
+        columns = num_tokens // case.block_size - inputs.block_table.shape[1]
+        wide = widened(inputs, columns).to("cuda")
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            ops.attention_out(
-                inputs.query, inputs.kv_cache, table, inputs.seq_lens, out=out, batch_invariant=True
-            )
+            ops.attention(*wide.args, batch_invariant=True)
         return torch.cuda.max_memory_allocated() - before
 
     assert 0 < 4 * allocated(4096) <= allocated(65536)
