@@ -23,6 +23,23 @@ except ImportError:  # a CPU-only build of PyTorch
 if triton is not None:
 
     @triton.jit
+    def load_part(
+        pointers,
+        columns,
+        START: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        NUM_COLUMNS: tl.constexpr,
+        POLICY: tl.constexpr,
+    ):
+        """COLUMNS elements of rows, from START on; zeros where they have ended."""
+        if START + COLUMNS <= NUM_COLUMNS:
+            part = tl.load(pointers + START, eviction_policy=POLICY)
+        else:
+            inside = columns < NUM_COLUMNS - START
+            part = tl.load(pointers + START, inside, 0.0, eviction_policy=POLICY)
+        return part
+
+    @triton.jit
     def matvec_kernel(
         x,
         weight,
@@ -46,20 +63,25 @@ if triton is not None:
             rows = rows // 2 // APART * 2 * APART + rows // 2 % APART + rows % 2 * APART
         columns = tl.arange(0, COLUMNS)
         pointers = weight + rows[:, None].to(tl.int64) * NUM_COLUMNS + columns[None, :]
-        tile = tl.load(pointers, eviction_policy="evict_first")
+        tile = load_part(pointers, columns, 0, COLUMNS, NUM_COLUMNS, "evict_first")
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)
         squares = tl.zeros([COLUMNS], tl.float32)
         for start in tl.static_range(0, NUM_COLUMNS, COLUMNS):
-            taken = tl.load(x + start + columns, eviction_policy="evict_last").to(tl.float32)
+            taken = load_part(x + columns, columns, start, COLUMNS, NUM_COLUMNS, "evict_last")
+            taken = taken.to(tl.float32)
             following = tile
             if start + COLUMNS < NUM_COLUMNS:
-                following = tl.load(pointers + start + COLUMNS, eviction_policy="evict_first")
+                following = load_part(
+                    pointers, columns, start + COLUMNS, COLUMNS, NUM_COLUMNS, "evict_first"
+                )
             if norm is not None:
                 squares += taken * taken
-                taken *= tl.load(norm + start + columns, eviction_policy="evict_last")
+                taken *= load_part(
+                    norm + columns, columns, start, COLUMNS, NUM_COLUMNS, "evict_last"
+                )
             sums += tile.to(tl.float32) * taken[None, :]
             tile = following
         result = tl.sum(sums, 1)
@@ -83,7 +105,7 @@ if triton is not None:
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether `matvec` computes x [T, E] times the transpose of weight [N, E]."""
     num_rows, num_columns = weight.shape
-    fits = num_rows % 2 == 0 and num_columns % 1024 == 0
+    fits = num_rows % 2 == 0 and num_columns % 8 == 0
     fits = fits and x.is_contiguous() and weight.is_contiguous()
     return x.shape[0] == 1 and x.is_cuda and fits and triton is not None
 
@@ -107,7 +129,7 @@ def matvec(
     write the weights: they are read before the kernel waits.
 
     Args:
-        x: [1, E]; E is a multiple of 1024.
+        x: [1, E]; E is a multiple of 8.
         weight: [N, E], or [2 N, E] if gated, with an even number of rows.
         norm: [E], the weights of an RMSNorm (see decoder.RMSNorm); None: x is taken as it is.
         eps: of the norm.
@@ -123,7 +145,7 @@ def matvec(
     if head_size and (gated or num_rows % head_size):
         raise ValueError(f"cos must be of a head of the {num_rows} sums, got {head_size} channels")
     apart = num_rows // 2 if gated else head_size // 2
-    rows, columns, warps = tile_of(num_columns, paired=apart > 0)
+    rows, columns, warps = tile_of(num_rows, num_columns, normed=norm is not None)
     early = starts_early(x.device)
     with torch.cuda.device(x.device):
         matvec_kernel[(num_rows // rows,)](
@@ -155,11 +177,21 @@ def new_result(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
     return x.new_empty(1, weight.shape[0] // 2 if gated else weight.shape[0])
 
 
-def tile_of(num_columns: int, paired: bool) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program; each thread asks for 16 weights at once."""
-    columns = 2048 if num_columns % 2048 == 0 else 1024
-    rows = 2 if num_columns <= 8192 or paired else 1
-    return rows, columns, rows * columns // (16 * 32)
+def tile_of(num_rows: int, num_columns: int, normed: bool) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program.
+
+    A norm has each program read as much again as a row: it has all columns at once where it can,
+    so that it is short. A row of few columns is read sooner than a program starts: of many rows,
+    each has more.
+    """
+    most = 2048
+    if normed:
+        most = 8192 if num_columns % 8192 == 0 else 4096
+    columns = min(triton.next_power_of_2(num_columns), most)
+    many = columns <= 1024 and num_rows >= 16384 and num_rows % 4 == 0
+    rows = 4 if many else 2
+    weights_per_thread = 64 if normed and columns >= num_columns else 32
+    return rows, columns, max(rows * columns // (weights_per_thread * 32), 1)
 
 
 @cache

@@ -230,7 +230,7 @@ def test_every_generated_kernel_waits_for_the_one_before_it(tiny, cuda, rows):
     with fresh_inductor_cache():
         _, codes = run_and_get_code(lambda: loop.launch(range(rows), 2).wait())
     kernels = [kernel for code in codes for kernel in code.split("async_compile.triton(")[1:]]
-    assert len(kernels) > 10
+    assert len(kernels) > 4
     assert all("gdc_wait" in kernel for kernel in kernels)
 
 
@@ -238,7 +238,15 @@ def test_every_generated_kernel_waits_for_the_one_before_it(tiny, cuda, rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("shape", "head_size"),
-    [((6, 1024), 2), ((4096, 4096), 128), ((512, 14336), 64), ((130, 5120), 26)],
+    [
+        ((6, 24), 2),
+        ((960, 576), 64),
+        ((16384, 576), 64),
+        ((4096, 4096), 128),
+        ((130, 5120), 26),
+        ((256, 8192), 64),
+        ((512, 14336), 64),
+    ],
 )
 def test_product_of_one_row(cuda, dtype, shape, head_size):
     # Products of order 1, and errors beside that, not beside results: of three results all may be
