@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
+import torch.nn.functional as F
 from decoder import Decoder
 from torch import Tensor
 
@@ -34,15 +36,28 @@ class Sampling:
         times, each divided by a rate, the shortest is i's in proportion to the rate of i.
         """
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return largest(logits)
         probabilities = torch.softmax(logits / self.temperature, -1)
         if self.top_p < 1:
             probabilities = keep_nucleus(probabilities, self.top_p)
-        return (probabilities / noise).argmax(-1)
+        return largest(probabilities / noise)
 
     def renew(self, noise: Tensor | None) -> Tensor | None:
         """Draw the noise of one step, in place: not compiled, because it keeps a generator."""
         return None if noise is None else noise.exponential_(generator=self.generator)
+
+
+def largest(scores: Tensor) -> Tensor:
+    """Where the first of the largest scores [S, V] is, int64 [S].
+
+    In two steps: one reduction over a vocabulary would have one CTA for each sequence.
+    """
+    chunk = 1024
+    missing = -scores.shape[-1] % chunk
+    chunks = F.pad(scores, (0, missing), value=-inf).unflatten(-1, (-1, chunk))
+    best, at = chunks.max(-1)
+    which = best.argmax(-1, keepdim=True)
+    return (which * chunk + at.gather(-1, which)).squeeze(-1)
 
 
 def keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
@@ -123,45 +138,26 @@ def decode_step(model: Decoder, caches: list[Tensor], state: State, sampling: Sa
 Step = Callable[[Decoder, list[Tensor], State, Sampling], None]
 
 
-def inductor_options(rows: int) -> dict[str, bool | int]:
-    """What Inductor does on a GPU in a step over so many rows.
-
-    What a generated matrix product takes is computed once, not by each of its programs, and what
-    several kernels take, as the sum of a layer and what it was given, is stored, not added up by
-    each of them: so all layers have the same kernels. Kernels are launched while the one before
-    still runs (programmatic dependent launch, from compute capability 9.0 on).
-
-    With one row the search for tiles (coordinate_descent_tuning) also makes products generated
-    kernels, which pays for those that matvec does not take. With more rows it found tiles that are
-    slower in a step, and took most of the time.
-    """
-    return {
-        "realize_opcount_threshold": 8,
-        "realize_reads_threshold": 1,
-        "triton.enable_pdl": True,
-        "coordinate_descent_tuning": rows == 1,
-    }
+# Of Inductor on a GPU: what several kernels take, or what took many operations, is computed once
+# and stored, so that all layers have the same kernels; and kernels are launched while the one
+# before still runs (programmatic dependent launch, from compute capability 9.0 on).
+INDUCTOR_OPTIONS: Mapping[str, bool | int] = {
+    "realize_opcount_threshold": 8,
+    "realize_reads_threshold": 1,
+    "triton.enable_pdl": True,
+}
 
 
 def compile_step(device: torch.device, options: Mapping[str, bool | int] | None = None) -> Step:
-    """decode_step for this device: compiled for one row, and once for all other numbers of rows.
+    """decode_step, compiled for this device.
 
     Args:
         device: of the model.
-        options: of Inductor on a GPU, beside or instead of inductor_options.
+        options: of Inductor on a GPU, beside or instead of INDUCTOR_OPTIONS.
     """
     if device.type == "cuda":
-        one, more = (
-            torch.compile(
-                decode_step, fullgraph=True, options={**inductor_options(rows), **(options or {})}
-            )
-            for rows in (1, 2)
-        )
-
-        def step(model: Decoder, caches: list[Tensor], state: State, sampling: Sampling) -> None:
-            (one if len(state.tokens) == 1 else more)(model, caches, state, sampling)
-
-        return step
+        chosen = {**INDUCTOR_OPTIONS, **(options or {})}
+        return torch.compile(decode_step, fullgraph=True, options=chosen)
     # Frozen weights are repacked for the matrix kernels: a step reads them at twice the speed. A
     # patch, and no option of torch.compile, because Dynamo has to know of it while it traces.
     freeze = torch._inductor.config.patch(freezing=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import serve_loop as serve_command
 import torch
-from decode_loop import Sampling, compile_step, decode_step, keep_nucleus
+from decode_loop import Sampling, compile_step, decode_step, keep_nucleus, largest
 from decoder import Config, Decoder, rope_frequencies
 from generate import encode, generate, main, make_manager, read_prompts
 from load import (
@@ -380,6 +380,14 @@ def test_nucleus():
     kept = keep_nucleus(probabilities, 0.7)
     assert kept[0].tolist() == [0.0, 0.5, 0.0, 0.25]
     assert (kept[1] > 0).sum() == 3
+
+
+@pytest.mark.parametrize("size", [1, 5, 1023, 1024, 1025, 5000])
+def test_largest_is_the_first_of_equals(size):
+    scores = torch.randint(4, (20, size)).float()
+    scores[0] = -torch.inf
+    scores[1, -1] = torch.inf
+    assert largest(scores).tolist() == scores.argmax(-1).tolist()
 
 
 def test_timing_report(tiny):
