@@ -17,7 +17,15 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from decode_loop import INDUCTOR_OPTIONS, DecodeLoop, Sampling, Step, compile_step, decode_step
+from decode_loop import (
+    INDUCTOR_OPTIONS,
+    DecodeLoop,
+    Sampling,
+    Step,
+    compile_step,
+    decode_step,
+    largest,
+)
 from decoder import Attention, Decoder
 from timing import cuda_graph, median_ms, seconds_of
 from torch import Tensor, nn
@@ -242,7 +250,7 @@ def dense_step(model: Decoder, caches: list[Tensor], tokens: Tensor, seq_lens: T
     """decode_step over dense caches: no blocks and no slots."""
     nothing = seq_lens.new_empty(0)
     batch = Batch(nothing, seq_lens, None, nothing, seq_lens.long() - 1)
-    tokens.copy_(model(tokens, caches, batch).argmax(-1))
+    tokens.copy_(largest(model(tokens, caches, batch)))
     seq_lens.add_(1)
 
 
