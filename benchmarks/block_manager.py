@@ -7,14 +7,18 @@ Everything runs on one thread of the host; no GPU takes part.
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from timing import interleaved, median_ms
 
 from paged_ops import BlockManager, StepBuffers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from options import Parser, integer
 
 BLOCK_SIZE = 16
 PROMPT = 32_768  # tokens
@@ -109,11 +113,11 @@ def step() -> Callable[[], object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100, help="of the short ones; others a tenth")
+    parser = Parser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--rounds", type=integer(1), default=100, help="of the short ones; others a tenth"
+    )
     rounds = parser.parse_args().rounds
-    if rounds < 1:
-        parser.error(f"argument --rounds: must be at least 1, got {rounds}")
     tokens = np.random.default_rng(0).integers(0, 128_000, PROMPT)
     short = {
         "step, 1,024 sequences": step(),

@@ -120,13 +120,6 @@ def machine(device: torch.device) -> dict[str, object]:
     }
 
 
-def case_fields(case: Case) -> dict[str, object]:
-    """Of the record, which has a flag for each thing that is measured beside attention."""
-    fields = asdict(case)
-    measures = fields.pop("measures")
-    return {**fields, "write": measures == "write", "copy": measures == "copy"}
-
-
 def write_json(
     path: Path, tables: Sequence[Table], host_us: Mapping[str, float], about: Mapping[str, object]
 ) -> None:
@@ -134,7 +127,6 @@ def write_json(
     rows = [
         {
             **asdict(table),
-            "case": case_fields(table.case),
             "flops": table.case.flops,
             "share": table.share(OURS),
             "best_peer": table.best_peer,
