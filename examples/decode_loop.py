@@ -149,7 +149,7 @@ INDUCTOR_OPTIONS: Mapping[str, bool | int] = {
 
 
 def compile_step(device: torch.device, options: Mapping[str, bool | int] | None = None) -> Step:
-    """decode_step, compiled for this device.
+    """decode_step, compiled for this device: PyTorch does so for one row, and for any more.
 
     Args:
         device: of the model.
@@ -324,7 +324,7 @@ def capture(
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # the second time with what the first one has tuned
+        for _ in range(2):  # the second time with what the first one has compiled and chosen
             call()
             for tensor, before in zip(changed, saved, strict=True):
                 tensor.copy_(before)

@@ -24,19 +24,19 @@ if triton is not None:
 
     @triton.jit
     def load_part(
-        pointers,
-        columns,
+        rows,
         START: tl.constexpr,
         COLUMNS: tl.constexpr,
         NUM_COLUMNS: tl.constexpr,
         POLICY: tl.constexpr,
     ):
-        """COLUMNS elements of rows, from START on; zeros where they have ended."""
+        """Elements START to START + COLUMNS of each row; zeros behind its last one."""
+        columns = tl.arange(0, COLUMNS)
         if START + COLUMNS <= NUM_COLUMNS:
-            part = tl.load(pointers + START, eviction_policy=POLICY)
+            part = tl.load(rows + START + columns, eviction_policy=POLICY)
         else:
             inside = columns < NUM_COLUMNS - START
-            part = tl.load(pointers + START, inside, 0.0, eviction_policy=POLICY)
+            part = tl.load(rows + START + columns, inside, 0.0, eviction_policy=POLICY)
         return part
 
     @triton.jit
@@ -61,27 +61,21 @@ if triton is not None:
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         if APART > 0:  # the two of a pair in turn: a gate and what it is for, channels of a head
             rows = rows // 2 // APART * 2 * APART + rows // 2 % APART + rows % 2 * APART
-        columns = tl.arange(0, COLUMNS)
-        pointers = weight + rows[:, None].to(tl.int64) * NUM_COLUMNS + columns[None, :]
-        tile = load_part(pointers, columns, 0, COLUMNS, NUM_COLUMNS, "evict_first")
+        weights = weight + rows[:, None].to(tl.int64) * NUM_COLUMNS
+        tile = load_part(weights, 0, COLUMNS, NUM_COLUMNS, "evict_first")
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)
         squares = tl.zeros([COLUMNS], tl.float32)
         for start in tl.static_range(0, NUM_COLUMNS, COLUMNS):
-            taken = load_part(x + columns, columns, start, COLUMNS, NUM_COLUMNS, "evict_last")
-            taken = taken.to(tl.float32)
+            taken = load_part(x, start, COLUMNS, NUM_COLUMNS, "evict_last").to(tl.float32)
             following = tile
             if start + COLUMNS < NUM_COLUMNS:
-                following = load_part(
-                    pointers, columns, start + COLUMNS, COLUMNS, NUM_COLUMNS, "evict_first"
-                )
+                following = load_part(weights, start + COLUMNS, COLUMNS, NUM_COLUMNS, "evict_first")
             if norm is not None:
                 squares += taken * taken
-                taken *= load_part(
-                    norm + columns, columns, start, COLUMNS, NUM_COLUMNS, "evict_last"
-                )
+                taken *= load_part(norm, start, COLUMNS, NUM_COLUMNS, "evict_last")
             sums += tile.to(tl.float32) * taken[None, :]
             tile = following
         result = tl.sum(sums, 1)
@@ -105,7 +99,7 @@ if triton is not None:
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether `matvec` computes x [T, E] times the transpose of weight [N, E]."""
     num_rows, num_columns = weight.shape
-    fits = num_rows % 2 == 0 and num_columns % 8 == 0
+    fits = num_rows % 2 == 0 and num_columns % 8 == 0  # a row begins at a multiple of 16 bytes
     fits = fits and x.is_contiguous() and weight.is_contiguous()
     return x.shape[0] == 1 and x.is_cuda and fits and triton is not None
 
@@ -129,7 +123,7 @@ def matvec(
     write the weights: they are read before the kernel waits.
 
     Args:
-        x: [1, E]; E is a multiple of 8.
+        x: [1, E].
         weight: [N, E], or [2 N, E] if gated, with an even number of rows.
         norm: [E], the weights of an RMSNorm (see decoder.RMSNorm); None: x is taken as it is.
         eps: of the norm.
@@ -144,6 +138,8 @@ def matvec(
     head_size = 0 if cos is None else cos.shape[-1]
     if head_size and (gated or num_rows % head_size):
         raise ValueError(f"cos must be of a head of the {num_rows} sums, got {head_size} channels")
+    if num_rows % 2:
+        raise ValueError(f"weight must have an even number of rows, got {num_rows}")
     apart = num_rows // 2 if gated else head_size // 2
     rows, columns, warps = tile_of(num_rows, num_columns, normed=norm is not None)
     early = starts_early(x.device)
@@ -178,20 +174,19 @@ def new_result(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
 
 
 def tile_of(num_rows: int, num_columns: int, normed: bool) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program.
+    """Rows, columns and warps of a program: what was fastest on an H200.
 
-    A norm has each program read as much again as a row: it has all columns at once where it can,
-    so that it is short. A row of few columns is read sooner than a program starts: of many rows,
-    each has more.
+    A norm is read by each program, as much as a row: it has all columns then, if they are few
+    enough for 64 weights of a thread.
     """
+    if num_columns < 1024 and num_rows > 8192 and num_rows % 4 == 0:
+        return 4, 512, 2  # two short rows would take less time than a program takes to start
     most = 2048
     if normed:
         most = 8192 if num_columns % 8192 == 0 else 4096
     columns = min(triton.next_power_of_2(num_columns), most)
-    many = columns <= 1024 and num_rows >= 16384 and num_rows % 4 == 0
-    rows = 4 if many else 2
-    weights_per_thread = 64 if normed and columns >= num_columns else 32
-    return rows, columns, max(rows * columns // (weights_per_thread * 32), 1)
+    weights_of_thread = 64 if normed and columns >= num_columns else 32
+    return 2, columns, max(2 * columns // (32 * weights_of_thread), 1)
 
 
 @cache

@@ -87,6 +87,8 @@ def random_decoder(
         for name, weight in model.state_dict().items()
     }
     model.load_state_dict(weights, assign=True)
+    if config.tied_embeddings:
+        model.head.weight = model.embedding.weight
     model.requires_grad_(False)
     for module in model.modules():
         match module:

@@ -382,12 +382,15 @@ def test_nucleus():
     assert (kept[1] > 0).sum() == 3
 
 
-@pytest.mark.parametrize("size", [1, 5, 1023, 1024, 1025, 5000])
-def test_largest_is_the_first_of_equals(size):
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("size", [1, 1024, 5000])
+def test_largest_is_the_first_of_equals(size, compiled, device):
     scores = torch.randint(4, (20, size)).float()
     scores[0] = -torch.inf
     scores[1, -1] = torch.inf
-    assert largest(scores).tolist() == scores.argmax(-1).tolist()
+    scores[2, size // 2 :] = torch.nan
+    find = torch.compile(largest, fullgraph=True, dynamic=False) if compiled else largest
+    assert find(scores.to(device)).tolist() == scores.argmax(-1).tolist()
 
 
 def test_timing_report(tiny):
