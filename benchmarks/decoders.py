@@ -242,8 +242,8 @@ def with_attention(model: Decoder, kind: type[Attention]) -> Decoder:
     with torch.device("meta"):
         for layer in other.layers:
             layer.attention = kind(model.config)
-    other.load_state_dict(model.state_dict(), assign=True)
-    return other.requires_grad_(False)
+    other.assign_weights(model.state_dict())
+    return other
 
 
 def dense_step(model: Decoder, caches: list[Tensor], tokens: Tensor, seq_lens: Tensor) -> None:

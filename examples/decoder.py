@@ -247,6 +247,13 @@ class Decoder(nn.Module):
         model.frequencies = model.frequencies.to(device)
         return model
 
+    def assign_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take these tensors for the weights, by name, without a copy; they are not trained."""
+        self.load_state_dict(weights, assign=True)
+        if self.config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+        self.requires_grad_(False)
+
     def forward(self, tokens: Tensor, caches: Sequence[Tensor], batch: Batch) -> Tensor:
         """Write the tokens' keys and values to the caches and predict what follows.
 

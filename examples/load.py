@@ -98,11 +98,7 @@ def load(path: Path | None, dtype: torch.dtype, device: torch.device) -> Checkpo
         with reading(source.fields_path):
             config = read_config(source.fields)
         model = Decoder.without_weights(config, device)
-        state = read_weights(source, config, dtype, device)
-        model.load_state_dict(state, assign=True)
-        if config.tied_embeddings:
-            model.head.weight = model.embedding.weight
-        model.requires_grad_(False)
+        model.assign_weights(read_weights(source, config, dtype, device))
         render_chat = make_chat_renderer(*source.chat_template())
         return Checkpoint(model, source.tokenizer(), source.stop_tokens(), render_chat)
 

@@ -86,10 +86,7 @@ def random_decoder(
         name: torch.empty_like(weight, dtype=dtype, device=device)
         for name, weight in model.state_dict().items()
     }
-    model.load_state_dict(weights, assign=True)
-    if config.tied_embeddings:
-        model.head.weight = model.embedding.weight
-    model.requires_grad_(False)
+    model.assign_weights(weights)
     for module in model.modules():
         match module:
             case RMSNorm():
