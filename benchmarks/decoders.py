@@ -17,15 +17,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from decode_loop import (
-    INDUCTOR_OPTIONS,
-    DecodeLoop,
-    Sampling,
-    Step,
-    compile_step,
-    decode_step,
-    largest,
-)
+from decode_loop import DecodeLoop, Sampling, Step, compile_step, decode_step, largest
 from decoder import Attention, Decoder
 from timing import cuda_graph, median_ms, seconds_of
 from torch import Tensor, nn
@@ -74,7 +66,7 @@ class Setup:
         model: the weights.
         cases: all that will be started, in this order.
         steps: that will be launched of a case, at the most, before it is restarted.
-        options: Inductor's, for our model on a GPU, beside or instead of INDUCTOR_OPTIONS.
+        options: Inductor's, for our model on a GPU.
     """
 
     model: Decoder
@@ -276,8 +268,7 @@ class Dense:
         self.first_lens = torch.tensor(setup.first_lens(case), dtype=torch.int32, device=device)
         self.seq_lens = self.first_lens.clone()
         tokens = torch.zeros(case.batch, dtype=torch.int64, device=device)
-        options = {**INDUCTOR_OPTIONS, **setup.options}
-        step = torch.compile(dense_step, fullgraph=True, dynamic=False, options=options)
+        step = torch.compile(dense_step, fullgraph=True, dynamic=False, options=setup.options)
         call = partial(step, self.model, self.caches, tokens, self.seq_lens)
         group_size = config.num_heads // config.num_kv_heads
         with fastest_sdpa(group_size, self.caches[0], self.seq_lens):

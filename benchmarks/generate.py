@@ -34,6 +34,7 @@ from report import machine
 from timing import interleaved, synchronize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from decode_loop import INDUCTOR_OPTIONS
 from decoder import Decoder
 from decoders import CHUNK, CONTENDERS, Case, Contender, Setup, forget
 from generation_chart import write_png
@@ -308,7 +309,7 @@ def make_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="options of torch.compile on a GPU, as coordinate_descent_tuning=True; with "
+        help="further options of torch.compile on a GPU, as coordinate_descent_tuning=True; with "
         "max_autotune=True also triton.enable_pdl=False, since not all of its products wait",
     )
     parser.add_argument("--steps", type=count, default=64, help="that are timed together")
@@ -343,7 +344,8 @@ def measure_all(arguments: argparse.Namespace) -> None:
     cases = sorted(arguments.cases, key=lambda case: (case.batch, case.context))
     cases, skipped = split_by_room(cases, model, steps)
     record = Record(machine(device), bandwidth, vars(arguments), skipped=skipped)
-    run = Run(Setup(model, cases, steps, dict(arguments.inductor)), arguments, record)
+    options = {**INDUCTOR_OPTIONS, **dict(arguments.inductor)}
+    run = Run(Setup(model, cases, steps, options), arguments, record)
     print_head()
     with torch.no_grad():
         for name in arguments.contenders if cases else ():

@@ -148,16 +148,17 @@ INDUCTOR_OPTIONS: Mapping[str, bool | int] = {
 }
 
 
-def compile_step(device: torch.device, options: Mapping[str, bool | int] | None = None) -> Step:
+def compile_step(
+    device: torch.device, options: Mapping[str, bool | int] = INDUCTOR_OPTIONS
+) -> Step:
     """decode_step, compiled for this device: PyTorch does so for one row, and for any more.
 
     Args:
         device: of the model.
-        options: of Inductor on a GPU, beside or instead of INDUCTOR_OPTIONS.
+        options: of Inductor on a GPU.
     """
     if device.type == "cuda":
-        chosen = {**INDUCTOR_OPTIONS, **(options or {})}
-        return torch.compile(decode_step, fullgraph=True, options=chosen)
+        return torch.compile(decode_step, fullgraph=True, options=dict(options))
     # Frozen weights are repacked for the matrix kernels: a step reads them at twice the speed. A
     # patch, and no option of torch.compile, because Dynamo has to know of it while it traces.
     freeze = torch._inductor.config.patch(freezing=True)
